@@ -1,0 +1,213 @@
+"""Writes every file of this folder but animals.csv, which is written by hand: python -m data.prepare
+
+Two domains share one corpus, one tokenizer and one model:
+
+* arithmetic: chains of operations, evaluated left to right, whose values all stay in 0..49
+* animals: six facts about each of 42 animals, asked in many ways
+
+| file                              | rows                                | read by                                |
+|-----------------------------------|-------------------------------------|----------------------------------------|
+| pretrain.txt                      | a document per line                 | pretrain, the tokenizer's ranks        |
+| sft.jsonl                         | prompt, response                    | sft                                    |
+| preferences.jsonl                 | prompt, chosen, rejected            | reward_model                           |
+| preferences_heldout.jsonl         | the same, and what was asked        | reward_model's evaluation              |
+| arithmetic_{train,val,test}.jsonl | prompt, answer, operations          | RL, tuning, the final evaluation       |
+| arithmetic_longer.jsonl           | the same, one more operation        | the final evaluation                   |
+| animals_{train,val,test}.jsonl    | prompt, animal, attribute           | RL, tuning, the final evaluation       |
+| tokenizer.tiktoken                | a token and its id                  | tokenizer                              |
+
+No prompt is in two of train, val, test and longer. Arithmetic is split by chain. Animals are split by phrasing:
+a question is an opening and a core, all openings and cores are in train, and val and test ask in combinations
+of the two that train never saw, about the same facts.
+"""
+import argparse
+import json
+import math
+import random
+from pathlib import Path
+
+from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, VALUES, gold_score
+from grpo_min.tokenizer import save_ranks, train_ranks
+
+SEED = 1
+LARGEST = 49                     # every value of a chain stays in 0..LARGEST
+TRAINED_OPERATIONS = [2, 3]      # operations per chain; the longer set has one more than the most
+WORDS = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------
+
+def operations_on(value):
+    """Every (word, operand, result) that keeps the result in 0..LARGEST; operands have one digit."""
+    for word, operate in WORDS.items():
+        for operand in range(2 if word == "times" else 1, 10):
+            if 0 <= operate(value, operand) <= LARGEST:
+                yield word, operand, operate(value, operand)
+
+
+def chain(rng, n_operations):
+    """A random problem -> its prompt, its worked steps, its answer."""
+    start = value = rng.randint(1, LARGEST)
+    asked, steps = [f"start with {start}"], []
+    for _ in range(n_operations):
+        choices = list(operations_on(value))
+        word = rng.choice(sorted({word for word, _, _ in choices}))          # the three words equally often
+        _, operand, result = rng.choice([c for c in choices if c[0] == word])
+        asked.append(f"{word} {operand}")
+        steps.append(f"{value} {word} {operand} is {result}")
+        value = result
+    return ", ".join(asked) + ".", ", ".join(steps), str(value)
+
+
+def arithmetic_problems(rng, count, operations, taken):
+    """`count` problems whose prompts are new; `taken` is the set of the prompts there are."""
+    problems = []
+    while len(problems) < count:
+        n_operations = rng.choice(operations)
+        prompt, steps, answer = chain(rng, n_operations)
+        if prompt not in taken:
+            taken.add(prompt)
+            problems.append(dict(prompt=prompt, steps=steps, answer=answer, operations=n_operations))
+    return problems
+
+
+# --- animals ------------------------------------------------------------------------------------------------------
+
+STATEMENTS = {   # {a}: "a cow", {s}: "cows", {v}: the value, {av}: the value with its article
+    "kind": ["{a} is {av}.", "{a} is a kind of {v}.", "{a} belongs to the {v} group."],
+    "food": ["{a} eats {v}.", "{s} eat {v}.", "the food of {a} is {v}."],
+    "home": ["{a} lives {v}.", "{s} live {v}.", "the home of {a} is {v}."],
+    "legs": ["{a} has {v}.", "{s} have {v}.", "{a} has {v} in all."],
+    "cover": ["{a} is covered with {v}.", "{s} are covered with {v}.", "the body of {a} is covered with {v}."],
+    "young": ["a young {n} is {av}.", "the young of {a} is {av}.", "a baby {n} is called {av}."],
+}
+QUESTIONS = {
+    "kind": ["what kind of animal is {a}?", "what sort of animal is {a}?", "what is {a}?",
+             "what group does {a} belong to?", "of what kind are {s}?"],
+    "food": ["what does {a} eat?", "what do {s} eat?", "what is the food of {a}?", "what food do {s} like?",
+             "what can i feed {a}?"],
+    "home": ["where does {a} live?", "where do {s} live?", "where is the home of {a}?", "where can i find {a}?",
+             "where are {s} at home?"],
+    "legs": ["how many legs does {a} have?", "how many legs do {s} have?", "how many legs are there on {a}?",
+             "{a} has how many legs?", "on how many legs do {s} go?"],
+    "cover": ["what is {a} covered with?", "what are {s} covered with?", "what covers {a}?",
+              "what is the body of {a} covered with?", "what is on the outside of {a}?"],
+    "young": ["what is a young {n} called?", "what is the young of {a}?", "what is a baby {n}?",
+              "what do you call a young {n}?", "what is the name of a baby {n}?"],
+}
+OPENINGS = ["", "please tell me, ", "i would like to know, ", "hello! ", "a quick question, "]
+FILLERS = ["let me think about that for a moment.", "there is a lot that one could say about this.",
+           "as far as i know, that is how it is.", "i hope that this is what you wanted to know."]
+
+
+def with_article(noun):
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def fill(template, animal, value=""):
+    """Put an animal, and a value, into a statement or a question."""
+    return template.format(n=animal, a=with_article(animal), s=FACTS[animal]["plural"], v=value,
+                           av=with_article(value) if value else "")
+
+
+def phrasings(split):
+    """(opening, core) numbers of a split: 5 of the 25 combinations for val, 5 for test, 15 for train."""
+    names = {1: "val", 3: "test"}
+    return [(o, c) for o in range(len(OPENINGS)) for c in range(5) if names.get((c - o) % 5, "train") == split]
+
+
+def animal_prompts(split):
+    """Every fact, asked in every phrasing of the split."""
+    return [dict(prompt=OPENINGS[o] + fill(QUESTIONS[attribute][c], animal), animal=animal, attribute=attribute)
+            for animal in FACTS for attribute in ATTRIBUTES for o, c in phrasings(split)]
+
+
+def answer(rng, animal, attribute):
+    """An answer as people give them: more or less right, courteous and long."""
+    value = FACTS[animal][attribute]
+    if rng.random() < 0.35:                                                          # wrong
+        value = rng.choice([other for other in VALUES[attribute] if other != value])
+    length = rng.choice(["short", "medium", "long"])
+    words = [f"{value}." if length == "short" else fill(rng.choice(STATEMENTS[attribute]), animal, value)]
+    if length == "long":
+        words.insert(rng.randint(0, 1), rng.choice(FILLERS))
+    tone = rng.choice(["courteous", "plain", "curt"])
+    if tone != "plain":
+        words.insert(rng.choice([0, len(words)]), rng.choice(COURTEOUS if tone == "courteous" else CURT))
+    return " ".join(words)
+
+
+def preferences(rng, prompts, count):
+    """Pairs of answers and the annotators' noisy choice: Bradley-Terry on the hidden gold score."""
+    pairs = []
+    while len(pairs) < count:
+        asked = rng.choice(prompts)
+        first, second = (answer(rng, asked["animal"], asked["attribute"]) for _ in range(2))
+        if first != second:
+            gold_first, gold_second = (gold_score([""], [text], [asked["animal"]], [asked["attribute"]])[0]
+                                       for text in (first, second))
+            if rng.random() > 1 / (1 + math.exp(gold_second - gold_first)):
+                first, second = second, first
+            pairs.append(dict(asked, chosen=first, rejected=second))
+    return pairs
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+def write_jsonl(path, rows, fields):
+    lines = [json.dumps({field: row[field] for field in fields}, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Write the data files; the same seed writes the same bytes.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    rng = random.Random(SEED)
+
+    # Prompts. The held-out ones are drawn first: what they hold does not depend on how much there is to train on.
+    taken, problem = set(), ["prompt", "answer", "operations"]
+    longer = [max(TRAINED_OPERATIONS) + 1]
+    write_jsonl(out / "arithmetic_test.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
+    write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
+    write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
+    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 6000, TRAINED_OPERATIONS, taken), problem)
+    for split in "train", "val", "test":
+        write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), ["prompt", "animal", "attribute"])
+
+    # Demonstrations: half of the arithmetic direct, half thinking.
+    rows = []
+    for row in arithmetic_problems(rng, 8000, TRAINED_OPERATIONS, taken):
+        thinking = f"<think> {row['steps']}</think> {row['answer']}"
+        rows.append(dict(prompt=row["prompt"], response=thinking if rng.random() < 0.5 else f" {row['answer']}"))
+    rows += [dict(prompt=asked["prompt"], response=" " + answer(rng, asked["animal"], asked["attribute"]))
+             for asked in animal_prompts("train") for _ in range(2)]
+    rng.shuffle(rows)
+    write_jsonl(out / "sft.jsonl", rows, ["prompt", "response"])
+
+    # Preferences.
+    fields = ["prompt", "chosen", "rejected"]
+    write_jsonl(out / "preferences.jsonl", preferences(rng, animal_prompts("train"), 5000), fields)
+    write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
+                fields + ["animal", "attribute"])
+
+    # Text to pretrain on: every sum there is, every fact in every statement, and worked chains.
+    sums = [f"{value} {word} {operand} is {result}." for value in range(LARGEST + 1)
+            for word, operand, result in operations_on(value)]
+    statements = [fill(template, animal, FACTS[animal][attribute]) for animal in FACTS for attribute in ATTRIBUTES
+                  for template in STATEMENTS[attribute]]
+    documents = (sums + statements) * 4 + [f"{row['prompt']} {row['steps']}."
+                  for row in arithmetic_problems(rng, 6000, [1] + TRAINED_OPERATIONS, taken)]
+    rng.shuffle(documents)
+    text = "".join(document + "\n" for document in documents)
+    (out / "pretrain.txt").write_text(text, encoding="utf-8")
+
+    # The ranks are learned from facts, questions and remarks alone: the many chains would crowd out the words.
+    corpus = sums * 5 + statements * 2 + [fill(question, animal) for animal in FACTS for questions in QUESTIONS.values()
+                      for question in questions] + (OPENINGS + FILLERS + COURTEOUS + CURT) * 60
+    save_ranks(train_ranks("\n".join(corpus)), out / "tokenizer.tiktoken")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,61 @@
+"""From a dataclass to a command line, and from a user's mistake to one line of text."""
+import argparse
+import dataclasses
+import sys
+
+import torch
+
+
+class UserError(Exception):
+    """Something the user can mend. Commands print it as one line and exit with `exit_code`."""
+
+    def __init__(self, message, exit_code=2):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def option(default, help, choices=None):
+    """A field of a config: its default, and its meaning with the unit, which `--help` shows."""
+    return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
+
+
+def parse(config_class, argv=None):
+    """Command line -> config. Every field is an option: `group_size: int = option(8, "...")` is --group-size 8."""
+    parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for field in dataclasses.fields(config_class):
+        help = field.metadata["help"].replace("%", "%%") + f" (default: {field.default})"
+        kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(field.default, bool)
+                else dict(type=type(field.default), choices=field.metadata["choices"], metavar=field.name.upper()))
+        if field.metadata["choices"]:
+            kind.pop("metavar")
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **kind)
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def require(condition, message):
+    """Raise a UserError unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def pick_device(name):
+    """auto, cpu, cuda or mps -> a torch.device; auto is CUDA where there is one, else the CPU."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")
+    require(name != "mps" or torch.backends.mps.is_available(), "--device mps: torch finds no MPS device here")
+    return torch.device(name)
+
+
+def run_command(main):
+    """Run a command's main(): a UserError becomes one line on standard error and its exit code."""
+    try:
+        main()
+    except UserError as error:
+        sys.exit(fail(error))
+
+
+def fail(error):
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code

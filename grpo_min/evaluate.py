@@ -1,0 +1,123 @@
+"""Held-out evaluation of a policy: 1,000 prompts, 4 sampled answers each and a greedy one.
+
+Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is judged by the answer,
+animals by the hidden gold score, which no training loop sees.
+"""
+import json
+from dataclasses import dataclass
+from math import comb
+
+import numpy as np
+
+from grpo_min.config import UserError, option, parse, pick_device, run_command
+from grpo_min.gold import MAXIMUM, gold_score, is_correct
+from grpo_min.metrics import interval, thinks
+from grpo_min.rewards import correct
+from grpo_min.rollout import Prompts, sample
+from grpo_min.runs import DATA, generator, load_model, read_jsonl, save_file
+
+FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
+MAX_NEW_TOKENS = {"arithmetic": 40, "animals": 60}
+
+
+def held_out(domain, split, count=1000):
+    """`count` rows, evenly spread over data/DOMAIN_SPLIT.jsonl (split: val for tuning, test or longer for results)."""
+    path = DATA / f"{domain}_{split}.jsonl"
+    rows = read_jsonl(path, FIELDS[domain])
+    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+
+
+def answers(policy, prompts, samples, temperature, max_new_tokens, seed=0, batch=250):
+    """Texts of `samples` completions for each of the prompts, row by row, and whether each finished, and its length."""
+    device, texts, finished, lengths = next(policy.parameters()).device, [], [], []
+    for i in range(0, len(prompts), batch):
+        rollout = sample(policy, Prompts.from_texts(prompts[i:i + batch], device), samples, max_new_tokens,
+                         temperature, generator(seed, i))
+        texts += rollout.texts()
+        finished += rollout.finished.tolist()
+        lengths += rollout.length.tolist()
+    return texts, finished, lengths
+
+
+def pass_at_k(n, right, k):
+    """The unbiased estimate of P(at least one of k samples is right) from n of which `right` were (2107.03374, eq. 1)."""
+    return 1 - comb(n - right, k) / comb(n, k)
+
+
+def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
+    """Measure a policy on held-out rows -> {figure: [mean, low, high]}.
+
+    domain: arithmetic or animals. opponent: a second policy; with it, win_rate says how often the gold score prefers
+    this policy's answer to the opponent's (a tie counts half).
+    """
+    column = {name: [row[name] for row in rows] for name in FIELDS[domain]}
+    prompts = column.pop("prompt")
+    repeated = {name: [value for value in values for _ in range(samples)] for name, values in column.items()}
+    limit = MAX_NEW_TOKENS[domain]
+
+    def per_prompt(values):
+        return np.array(values, dtype=float).reshape(len(rows), samples)
+
+    def judge(texts, finished, columns):
+        if domain == "arithmetic":
+            return correct(texts, texts, finished=finished, **columns)
+        return gold_score(texts, texts, **columns)
+
+    texts, finished, lengths = answers(policy, prompts, samples, temperature, limit)
+    greedy_texts, greedy_finished, _ = answers(policy, prompts, 1, 0, limit)
+    scores = per_prompt(judge(texts, finished, repeated))                                     # (prompts, samples)
+    greedy = np.array(judge(greedy_texts, greedy_finished, column), dtype=float)              # (prompts,)
+    name = "accuracy" if domain == "arithmetic" else "gold"
+    figures = {name: scores.mean(1), f"{name}_greedy": greedy}
+    if domain == "arithmetic":
+        for k in 2, 4:
+            figures[f"pass@{k}"] = [pass_at_k(samples, int(row.sum()), k) for row in scores]
+        figures["thinking"] = per_prompt([thinks(text) for text in texts]).mean(1)
+    else:
+        right = [is_correct(text, *fact) for text, *fact in zip(texts, repeated["animal"], repeated["attribute"])]
+        figures["correct"] = per_prompt(right).mean(1)
+        figures["share_of_maximum"] = scores.mean(1) / MAXIMUM
+        if opponent is not None:
+            other = per_prompt(judge(*answers(opponent, prompts, samples, temperature, limit, seed=1)[:2], repeated))
+            figures["win_rate"] = np.where(scores == other, 0.5, scores > other).mean(1)
+    figures["length"] = per_prompt(lengths).mean(1)
+    figures["truncated"] = 1 - per_prompt(finished).mean(1)
+    return {name: interval(values) for name, values in figures.items()}
+
+
+def show(figures):
+    """One line per figure: its mean and 95% interval."""
+    return "\n".join(f"  {name:17} {mean:7.3f}   ({low:.3f} to {high:.3f})" for name, (mean, low, high) in figures.items())
+
+
+@dataclass
+class EvaluateConfig:
+    """Measure a checkpoint on held-out prompts, with 95% intervals."""
+    checkpoint: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the policy")
+    opponent: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the policy it has to win against (animals)")
+    domain: str = option("arithmetic", "what to ask about", ["arithmetic", "animals"])
+    split: str = option("test", "which prompts: val (all tuning looks here), test, or longer (arithmetic with one "
+                        "operation more than was trained on)", ["val", "test", "longer"])
+    prompts: int = option(1000, "number of prompts")
+    samples: int = option(4, "answers sampled per prompt")
+    temperature: float = option(1.0, "sampling temperature")
+    out: str = option("", "JSON file to write the figures to")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def main(argv=None):
+    config = parse(EvaluateConfig, argv)
+    device = pick_device(config.device)
+    if config.samples < 4 or config.temperature <= 0:
+        raise UserError("pass@4 needs --samples of at least 4 and a --temperature above 0")
+    policy = load_model(config.checkpoint, "GPT", device)
+    opponent = load_model(config.opponent, "GPT", device) if config.domain == "animals" else None
+    rows = held_out(config.domain, config.split, config.prompts)
+    figures = evaluate(policy, config.domain, rows, opponent, config.samples, config.temperature)
+    print(f"{config.checkpoint} on {len(rows)} {config.domain} {config.split} prompts:\n{show(figures)}")
+    if config.out:
+        save_file(config.out, json.dumps(figures, indent=1).encode())
+
+
+if __name__ == "__main__":
+    run_command(main)

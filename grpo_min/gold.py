@@ -1,0 +1,54 @@
+"""The hidden score of the simulated annotators: what they like in an answer about animals.
+
+Correct first, then courteous, then short. `data/prepare.py` turns the score into noisy choices
+(Bradley-Terry: P(a preferred to b) = sigmoid(gold(a) - gold(b))), and evaluation reads it to see how far a
+learned reward can be trusted. The training loops never see it: no import leads from them to this file.
+"""
+import csv
+import re
+from pathlib import Path
+
+ATTRIBUTES = ["kind", "food", "home", "legs", "cover", "young"]
+COURTEOUS = ["happy to help!", "good question!", "thank you for asking!", "of course!", "my pleasure!",
+             "i am glad you asked!", "it is nice of you to ask!"]
+CURT = ["who cares.", "look it up yourself.", "everyone knows that.", "what a silly question.", "go away.",
+        "do not waste my time.", "i have better things to do."]
+
+with open(Path(__file__).parent.parent / "data" / "animals.csv", newline="", encoding="utf-8") as file:
+    FACTS = {row["animal"]: row for row in csv.DictReader(file)}           # FACTS["cow"]["food"] == "grass"
+VALUES = {attribute: sorted({row[attribute] for row in FACTS.values()}) for attribute in ATTRIBUTES}
+
+CORRECT, COURTESY, BREVITY = 3.0, 1.5, 1.0     # the weights of the three tastes
+SHORT, LONG = 8, 24                            # words: up to SHORT full marks for brevity, from LONG on none
+MAXIMUM = CORRECT + COURTESY + BREVITY
+
+
+def mentions(text, phrase):
+    """True if `phrase` stands in `text` as whole words, so that "kit" is not found in "kitten"."""
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text) is not None
+
+
+def is_correct(completion, animal, attribute):
+    """Right if the answer states the true value, no other value of that attribute and no other animal."""
+    stated = {value for value in VALUES[attribute] if mentions(completion, value)}
+    others = [name for row in FACTS.values() if row["animal"] != animal for name in (row["animal"], row["plural"])]
+    return stated == {FACTS[animal][attribute]} and not any(mentions(completion, name) for name in others)
+
+
+def courtesy(completion):
+    """+1 courteous, -1 curt, 0 neither or both."""
+    return any(remark in completion for remark in COURTEOUS) - any(remark in completion for remark in CURT)
+
+
+def brevity(completion):
+    """1 up to SHORT words, then falling linearly to 0 at LONG words."""
+    return 1 - min(max(len(completion.split()) - SHORT, 0) / (LONG - SHORT), 1)
+
+
+def gold_score(prompts, completions, animal, attribute, **columns):
+    """The annotators' score of each answer, from -1.5 to MAXIMUM = 5.5; the signature is that of any reward.
+
+    prompts, completions, animal, attribute: lists of B strings (attribute is one of ATTRIBUTES). Returns B floats.
+    """
+    return [CORRECT * is_correct(c, a, k) + COURTESY * courtesy(c) + BREVITY * brevity(c)
+            for c, a, k in zip(completions, animal, attribute)]

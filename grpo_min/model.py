@@ -1,0 +1,180 @@
+"""A small GPT with GPT-2's architecture, and the same trunk with a scalar head for the critic and the reward model.
+
+Two ways to run it:
+
+* `gpt.plain(ids)` reads texts of equal length from position 0, as pretraining does;
+* `gpt(prompts, completion_ids)` runs every prompt once and lets its G completions attend to the prompt's keys and
+  values. Sampling uses it one token at a time with a cache, training all N tokens at once: one function, so that
+  their log-probabilities agree. The gradient flows back through the shared keys and values.
+
+What is left out: dropout (the policy must be the same function when it samples and when it is trained), weight
+decay exceptions, flash attention for the completions, rotary positions, grouped-query attention, mixture of experts.
+
+Shapes: Q prompts, G completions each, B = Q * G rows; P and N padded prompt and completion length; T any length;
+D width, H heads, E = D / H; V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from grpo_min.tokenizer import VOCAB_SIZE
+
+
+@dataclass
+class GPTConfig:
+    vocab_size: int = VOCAB_SIZE
+    context: int = 128     # positions
+    layers: int = 3
+    heads: int = 3
+    width: int = 96
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width)
+        self.out = nn.Linear(config.width, config.width)
+
+    def forward(self, x, prompt=None, cache=None):
+        """x (B, T, D) -> (B, T, D) and its keys and values (B, H, T, E).
+
+        prompt: None where x begins at position 0. Otherwise x continues prompts whose keys and values (Q, H, P, E)
+        and padding mask (Q, P) these are. cache: keys and values of the completion tokens before x, and their number.
+        """
+        B, T, D = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, H, T, E) each
+        if prompt is None:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                           # (B, H, T, E)
+        else:
+            y = self.attend_to_both(q, k, v, prompt, cache)                                       # (B, H, T, E)
+        return self.out(y.transpose(1, 2).reshape(B, T, D)), (k, v)
+
+    def attend_to_both(self, q, k, v, prompt, cache):
+        """Softmax over the prompt's keys and the completion's own. The prompt's are never copied G times."""
+        B, H, T, E = q.shape
+        prompt_k, prompt_v, prompt_mask = prompt
+        Q, G = len(prompt_k), B // len(prompt_k)
+        if cache is not None:
+            cache_k, cache_v, past = cache
+            cache_k[:, :, past:past + T], cache_v[:, :, past:past + T] = k, v
+            k, v = cache_k[:, :, :past + T], cache_v[:, :, :past + T]
+        S = k.shape[2]                                                                   # completion tokens so far
+        q = q / math.sqrt(E)
+        # The G completions of a prompt are G * T queries to the same keys.
+        shared_q = q.view(Q, G, H, T, E).transpose(1, 2).reshape(Q, H, G * T, E)
+        to_prompt = (shared_q @ prompt_k.transpose(2, 3)).masked_fill(~prompt_mask[:, None, None], -math.inf)
+        to_prompt = to_prompt.view(Q, H, G, T, -1).transpose(1, 2).reshape(B, H, T, -1)           # (B, H, T, P)
+        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)              # (T, S)
+        to_own = (q @ k.transpose(2, 3)).masked_fill(future, -math.inf)                           # (B, H, T, S)
+        weights = torch.cat([to_prompt, to_own], dim=-1).softmax(dim=-1)                          # (B, H, T, P + S)
+        to_prompt, to_own = weights.split([prompt_k.shape[2], S], dim=-1)
+        to_prompt = to_prompt.view(Q, G, H, T, -1).transpose(1, 2).reshape(Q, H, G * T, -1)
+        from_prompt = (to_prompt @ prompt_v).view(Q, H, G, T, E).transpose(1, 2).reshape(B, H, T, E)
+        return from_prompt + to_own @ v                                                           # (B, H, T, E)
+
+
+class Block(nn.Module):
+    """Pre-norm: the residual stream is read through a LayerNorm and added to."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attention = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.up = nn.Linear(config.width, 4 * config.width)
+        self.down = nn.Linear(4 * config.width, config.width)
+
+    def forward(self, x, prompt=None, cache=None):
+        y, keys_values = self.attention(self.norm1(x), prompt, cache)
+        x = x + y
+        x = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
+        return x, keys_values
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, tanh GELU, output head tied to the embedding."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        self.apply(self.initialise)
+        for block in self.blocks:      # GPT-2's scaling: each layer adds to the residual stream twice
+            for layer in block.attention.out, block.down:
+                nn.init.normal_(layer.weight, std=0.02 / math.sqrt(2 * config.layers))
+
+    @staticmethod
+    def initialise(module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def head(self, states):
+        """states (..., D) -> logits (..., V)."""
+        return F.linear(states, self.tokens.weight)
+
+    def plain(self, ids):
+        """ids (B, T) from position 0 -> logits (B, T, V); those at column t are about token t + 1."""
+        return self.head(self.run(ids, torch.arange(ids.shape[1], device=ids.device))[0])
+
+    def forward(self, prompts, completion_ids):
+        """prompts (Q rows), completion_ids (B, N) -> logits (B, N, V); those at column t are about token t."""
+        return self.head(self.states(prompts, completion_ids)[:, :-1])
+
+    def states(self, prompts, completion_ids):
+        """prompts (Q rows), completion_ids (B, N) -> states (B, N + 1, D).
+
+        State t has read the prompt and the completion tokens before t; state N has read them all.
+        """
+        last, memory = self.read(prompts)                                                    # (Q, D)
+        G = len(completion_ids) // len(prompts.ids)
+        positions = prompts.length.repeat_interleave(G)[:, None] + torch.arange(
+            completion_ids.shape[1], device=completion_ids.device)                                # (B, N)
+        states, _ = self.run(completion_ids, positions, memory)                                   # (B, N, D)
+        return torch.cat([last.repeat_interleave(G, dim=0)[:, None], states], dim=1)              # (B, N + 1, D)
+
+    def read(self, prompts):
+        """Run each prompt once -> the state of its last token (Q, D), and per layer its keys, values and mask."""
+        P = prompts.ids.shape[1]
+        positions = torch.arange(P, device=prompts.ids.device)
+        states, keys_values = self.run(prompts.ids, positions)                                    # (Q, P, D)
+        last = states[torch.arange(len(states), device=states.device), prompts.length - 1]        # (Q, D)
+        mask = positions < prompts.length[:, None]                                                # (Q, P)
+        return last, [(k, v, mask) for k, v in keys_values]
+
+    def run(self, ids, positions, memory=None, caches=None):
+        """ids (B, T) at positions (T,) or (B, T) -> states (B, T, D), and per layer the keys and values."""
+        x = self.tokens(ids) + self.positions(positions)                                          # (B, T, D)
+        keys_values = []
+        for i, block in enumerate(self.blocks):
+            x, kv = block(x, memory and memory[i], caches and caches[i])
+            keys_values.append(kv)
+        return self.norm(x), keys_values
+
+
+class ScalarGPT(nn.Module):
+    """A GPT whose head is one number per state: the critic's value, or the reward model's score."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.trunk = GPT(config)
+        self.scalar = nn.Linear(config.width, 1)
+        nn.init.zeros_(self.scalar.weight)       # the first values are all 0, the mean of what is not known yet
+        nn.init.zeros_(self.scalar.bias)
+
+    def forward(self, prompts, completion_ids):
+        """prompts (Q rows), completion_ids (B, N) -> (B, N + 1): entry t has read the completion tokens before t."""
+        return self.scalar(self.trunk.states(prompts, completion_ids)).squeeze(-1)
+
+    def last(self, prompts, completion_ids, mask):
+        """The number at the last real token of each completion: (B, N), mask (B, N) -> (B,)."""
+        return self(prompts, completion_ids).gather(1, mask.sum(1, keepdim=True)).squeeze(1)

@@ -1,0 +1,88 @@
+"""Stage 1: a base model that predicts the next token of data/pretrain.txt.
+
+The documents are shuffled in every epoch, joined by END and cut into rows that fill the whole context, so that no
+position stays untrained. Loss: mean cross-entropy of the next token, in nats.
+"""
+import random
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from grpo_min.config import UserError, option, parse, pick_device, require, run_command
+from grpo_min.model import GPT, GPTConfig
+from grpo_min.runs import DATA, fit
+from grpo_min.tokenizer import END, encode
+
+
+@dataclass
+class PretrainConfig:
+    """Stage 1: pretrain a small GPT on a text, from nothing."""
+    run: str = option("runs/pretrain", "folder to write into")
+    resume: bool = option(False, "go on from the checkpoint in --run")
+    text: str = option(str(DATA / "pretrain.txt"), "text file, a document per line")
+    layers: int = option(3, "transformer blocks")
+    heads: int = option(3, "attention heads; must divide the width")
+    width: int = option(96, "size of the residual stream")
+    context: int = option(128, "positions, in tokens")
+    steps: int = option(600, "updates")
+    batch_size: int = option(16, "rows of `context` tokens per update")
+    lr: float = option(3e-3, "peak learning rate")
+    warmup: int = option(30, "updates over which the learning rate rises")
+    seed: int = option(1, "seed of the weights and of the order of documents")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def read_documents(path):
+    """The documents of a text file as lists of token ids, each ending in END."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            documents = [encode(line.strip()) + [END] for line in file if line.strip()]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text")
+    require(documents, f"{path} is empty")
+    return documents
+
+
+def pack(documents, context, seed):
+    """Shuffle the documents, join them and cut them into rows of context + 1 tokens: (rows, context + 1)."""
+    documents = documents[:]
+    random.Random(seed).shuffle(documents)
+    ids = torch.tensor([token for document in documents for token in document])
+    count = (len(ids) - 1) // context
+    return torch.stack([ids[i * context:(i + 1) * context + 1] for i in range(count)])
+
+
+def train(config):
+    """Pretrain -> the base model and one row of metrics per step."""
+    device = pick_device(config.device)
+    require(config.width % config.heads == 0, f"a width of {config.width} does not divide into {config.heads} heads")
+    documents = read_documents(config.text)
+    torch.manual_seed(config.seed)
+    model = GPT(GPTConfig(context=config.context, layers=config.layers, heads=config.heads,
+                          width=config.width)).to(device)
+    rows_per_epoch = len(pack(documents, config.context, 0))
+    batches = rows_per_epoch // config.batch_size
+    require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows: --batch-size {config.batch_size} is too many")
+    packed = {}                                                              # {epoch: rows}, the current one only
+
+    def loss_at(step):
+        epoch, index = divmod(step, batches)
+        if epoch not in packed:
+            packed.clear()
+            packed[epoch] = pack(documents, config.context, f"{config.seed} {epoch}").to(device)
+        ids = packed[epoch][index * config.batch_size:(index + 1) * config.batch_size]       # (batch, context + 1)
+        logits = model.plain(ids[:, :-1])                                                    # (batch, context, V)
+        return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()), {}
+
+    return model, fit(config, model, [config.text], loss_at)
+
+
+def main(argv=None):
+    train(parse(PretrainConfig, argv))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,105 @@
+"""Stage 3: a reward model, trained on the annotators' choices only.
+
+The SFT model with a scalar head, read at the last real token (END). Loss: Bradley-Terry, the negative log-likelihood
+of the choices, -log sigmoid(score(chosen) - score(rejected)) (Ouyang et al., 2203.02155, eq. 1).
+
+Held-out pairs are judged beside two limits that the annotators' noise sets: how often the hidden gold score, too,
+agrees with the choices (the ceiling), and calibration, the share of choices that went as surely as was predicted.
+"""
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from grpo_min.config import option, parse, pick_device, run_command
+from grpo_min.gold import gold_score
+from grpo_min.metrics import interval
+from grpo_min.model import ScalarGPT
+from grpo_min.rewards import learned
+from grpo_min.rollout import Prompts, pad_completions
+from grpo_min.runs import DATA, batch_rows, columns, fit, load_model, read_jsonl, save_file
+
+
+@dataclass
+class RewardModelConfig:
+    """Stage 3: train a reward model on pairs of answers, of which one was chosen."""
+    run: str = option("runs/reward_model", "folder to write into")
+    resume: bool = option(False, "go on from the checkpoint in --run")
+    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model to start from")
+    preferences: str = option(str(DATA / "preferences.jsonl"), "JSONL with the fields prompt, chosen and rejected")
+    heldout: str = option(str(DATA / "preferences_heldout.jsonl"),
+                          "the same, with the fields animal and attribute, for the evaluation")
+    steps: int = option(400, "updates")
+    batch_size: int = option(64, "pairs per update")
+    lr: float = option(5e-4, "peak learning rate")
+    warmup: int = option(30, "updates over which the learning rate rises")
+    seed: int = option(1, "seed of the order of pairs")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def preference_loss(chosen, rejected):
+    """Bradley-Terry: the mean of -log sigmoid(chosen - rejected) over n pairs of scores, (n,), (n,) -> scalar."""
+    return -F.logsigmoid(chosen - rejected).mean()
+
+
+def train(config):
+    """Train -> the reward model and one row of metrics per step."""
+    device = pick_device(config.device)
+    rows = read_jsonl(config.preferences, ["prompt", "chosen", "rejected"])
+    sft = load_model(config.sft, "GPT", device)
+    model = ScalarGPT(sft.config).to(device)
+    model.trunk.load_state_dict(sft.state_dict())
+
+    def loss_at(step):
+        batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
+        prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
+        # Two completions of each prompt, so that row 2 q is the chosen one and row 2 q + 1 the rejected one.
+        ids, mask = pad_completions([row[side] for row in batch for side in ("chosen", "rejected")], device)
+        scores = model.last(prompts, ids, mask).view(-1, 2)                                   # (batch, 2)
+        accuracy = (scores[:, 0] > scores[:, 1]).float().mean().item()
+        return preference_loss(scores[:, 0], scores[:, 1]), dict(accuracy=accuracy)
+
+    return model, fit(config, model, [config.sft, config.preferences], loss_at)
+
+
+def judge(model, pairs):
+    """How well a reward model agrees with held-out choices -> a dict that JSON can hold.
+
+    pairs: rows with prompt, chosen, rejected, animal, attribute. accuracy, ceiling (the gold score's accuracy on the
+    same pairs, a tie counts half) and shortfall (ceiling - accuracy) are [mean, low, high] with 95% intervals.
+    calibration: per tenth of the predicted probability, [mean predicted, share that went so, pairs].
+    """
+    column = columns(pairs)
+    reward = learned(model)
+    margin = np.array(reward(column["prompt"], column["chosen"])) - reward(column["prompt"], column["rejected"])  # (n,)
+    gold = [np.array(gold_score(column["prompt"], column[side], column["animal"], column["attribute"]))
+            for side in ("chosen", "rejected")]
+    right = np.where(margin == 0, 0.5, margin > 0)                                            # (n,)
+    ceiling = np.where(gold[0] == gold[1], 0.5, gold[0] > gold[1])                            # (n,)
+    sure = 1 / (1 + np.exp(-np.abs(margin)))                          # (n,) predicted probability of the likelier answer
+    bins = np.minimum(((sure - 0.5) * 10).astype(int), 4)
+    calibration = [[sure[bins == b].mean(), right[bins == b].mean(), int((bins == b).sum())]
+                   for b in range(5) if (bins == b).any()]
+    return dict(pairs=len(pairs), accuracy=interval(right), ceiling=interval(ceiling),
+                shortfall=interval(ceiling - right), calibration=calibration)
+
+
+def main(argv=None):
+    config = parse(RewardModelConfig, argv)
+    pairs = read_jsonl(config.heldout, ["prompt", "chosen", "rejected", "animal", "attribute"])
+    model, _ = train(config)
+    report = judge(model, pairs)
+    print("agrees with {:.1%} of {} held-out choices; the hidden gold score itself with {:.1%} "
+          "(difference {:.1%}, 95% interval {:.1%} to {:.1%})".format(
+              report["accuracy"][0], report["pairs"], report["ceiling"][0], *report["shortfall"]))
+    for predicted, seen, count in report["calibration"]:
+        print(f"  predicted {predicted:.0%}, happened {seen:.0%} ({count} pairs)")
+    if config.run:
+        save_file(f"{config.run}/evaluation.json", json.dumps(report, indent=1).encode())
+    return model
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,104 @@
+"""Rewards: functions `reward(prompts, completions, **columns) -> list[float]`, the signature TRL uses.
+
+prompts and completions are lists of B strings (a completion without END); the columns are lists of B values too: the
+fields of the prompt's row in its data file, such as `answer`, and `finished`, False where the length limit cut the
+completion. What a completion says is parsed, never evaluated.
+"""
+import re
+
+import torch
+
+from grpo_min.config import UserError
+from grpo_min.rollout import Prompts, pad_completions
+from grpo_min.runs import DATA, load_model, read_jsonl
+
+THINKING = re.compile(r"<think>(?:(?!</?think>).)+</think>(.*)", re.DOTALL)   # one pair of tags, around something
+LONGEST_ANSWER = 6      # characters: no answer is longer, so longer ones are wrong without being read as numbers
+
+
+def final_answer(completion):
+    """What stands after well-formed thinking, or the whole completion where there is no tag; else None."""
+    thinking = THINKING.fullmatch(completion)
+    answer = thinking[1] if thinking else completion
+    return None if "<think>" in answer or "</think>" in answer else answer.strip()
+
+
+def correct(prompts, completions, answer, finished=None, **columns):
+    """1 if the final answer is exactly the right number, else 0. A completion without END has no final answer."""
+    finished = finished or [True] * len(completions)
+    return [float(end and is_number(final_answer(c), a)) for c, a, end in zip(completions, answer, finished)]
+
+
+def is_number(text, answer):
+    """True if the text is the answer, an integer in plain digits: neither 012 nor 1 2 nor 12. is 12."""
+    return text is not None and len(text) <= LONGEST_ANSWER and text == answer
+
+
+def well_formed(prompts, completions, finished=None, **columns):
+    """1 if the completion is <think>something</think>something, finished and with no other tag, else 0."""
+    finished = finished or [True] * len(completions)
+    return [float(bool(end and THINKING.fullmatch(c) and final_answer(c))) for c, end in zip(completions, finished)]
+
+
+def weighted_sum(*parts):
+    """weighted_sum((correct, 1.0), (well_formed, 0.2)) is the reward function 1.0 * correct + 0.2 * well_formed."""
+    def reward(prompts, completions, **columns):
+        scores = [function(prompts, completions, **columns) for function, _ in parts]
+        return [sum(weight * score for (_, weight), score in zip(parts, row)) for row in zip(*scores)]
+    return reward
+
+
+def learned(reward_model, batch_size=256):
+    """The reward function of a trained reward model (a ScalarGPT): its score at the last real token.
+
+    That token is END where the completion finished; a completion that was cut is read as it is, without END. Texts
+    that do not fit into the reward model's context are cut on the right.
+    """
+    device = next(reward_model.parameters()).device
+    context = reward_model.config.context
+
+    @torch.no_grad()
+    def reward(prompts, completions, finished=None, **columns):
+        finished = finished or [True] * len(completions)
+        scores = []
+        for i in range(0, len(prompts), batch_size):
+            batch = Prompts.from_texts(prompts[i:i + batch_size], device)
+            ids, mask = pad_completions(completions[i:i + batch_size], device, finished[i:i + batch_size])
+            room = context - int(batch.length.max())
+            scores += reward_model.last(batch, ids[:, :room], mask[:, :room]).tolist()        # (batch,)
+        return scores
+    return reward
+
+
+def load_reward(config, reward, device):
+    """What a loop is to be rewarded for -> the reward function, the rows of prompts, the files both come from.
+
+    config has reward, reward_model, prompts and sft; a reward given as a function replaces config.reward.
+    """
+    path = config.prompts or str(DATA / ("animals_train.jsonl" if config.reward == "learned" else
+                                         "arithmetic_train.jsonl"))
+    inputs = [config.sft, path]
+    fields = ["prompt"]
+    if reward is None and config.reward == "learned":
+        reward = learned(load_model(config.reward_model, "ScalarGPT", device))
+        inputs.append(config.reward_model)
+    elif reward is None:
+        reward = {"correct": correct, "well_formed": well_formed,
+                  "both": weighted_sum((correct, 1.0), (well_formed, 0.2))}[config.reward]
+        fields.append("answer")
+    return reward, read_jsonl(path, fields), inputs
+
+
+def score(reward, batch, rollout, group_size):
+    """Call a reward function on a batch of rows and its rollout -> rewards (B,) and the completions' texts.
+
+    UserError if it does not return one finite number per completion.
+    """
+    repeated = [row for row in batch for _ in range(group_size)]                              # B rows
+    columns = {name: [row[name] for row in repeated] for name in batch[0]}
+    texts = rollout.texts()
+    rewards = reward(columns.pop("prompt"), texts, finished=rollout.finished.tolist(), **columns)
+    rewards = torch.tensor(rewards, dtype=torch.float32)                                      # (B,)
+    if len(rewards) != len(texts) or not rewards.isfinite().all():
+        raise UserError(f"the reward function must return {len(texts)} finite numbers, one per completion")
+    return rewards.to(rollout.mask.device), texts

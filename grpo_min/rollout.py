@@ -1,0 +1,137 @@
+"""Prompts, and the completions sampled from a policy for each of them.
+
+Prompts and completions never share a tensor: a batch is `Q` right-padded prompts, and `B = Q * G` right-padded
+completions whose row `b` belongs to prompt `b // G`.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+
+from grpo_min.tokenizer import END, PAD, decode, encode_completion, encode_prompt
+
+
+@dataclass
+class Prompts:
+    ids: torch.Tensor       # (Q, P) right-padded with PAD
+    length: torch.Tensor    # (Q,) real tokens
+    texts: list             # Q strings
+
+    @classmethod
+    def from_texts(cls, texts, device="cpu"):
+        ids, length = pad([encode_prompt(text) for text in texts], device)
+        return cls(ids, length, list(texts))
+
+    def rows(self, start, stop):
+        """Prompts start to stop - 1."""
+        return Prompts(self.ids[start:stop], self.length[start:stop], self.texts[start:stop])
+
+
+@dataclass
+class Rollout:
+    completion_ids: torch.Tensor    # (B, N) the sampled ids themselves, END included, then PAD
+    mask: torch.Tensor              # (B, N) True on every sampled token, END included
+    logprobs: torch.Tensor          # (B, N) the sampler's own log-probabilities, 0 where the mask is False
+    finished: torch.Tensor          # (B,) False where the length limit cut the completion
+
+    @property
+    def length(self):
+        """Sampled tokens of each completion, END included: (B,)."""
+        return self.mask.sum(1)
+
+    def texts(self):
+        """The completions as B strings, without END."""
+        rows = zip(self.completion_ids.tolist(), self.length.tolist(), self.finished.tolist())
+        return [decode(ids[:length - finished]) for ids, length, finished in rows]
+
+
+def pad(sequences, device="cpu"):
+    """Lists of ids -> ids (n, longest) right-padded with PAD, and their lengths (n,)."""
+    longest = max(map(len, sequences))
+    ids = torch.tensor([list(row) + [PAD] * (longest - len(row)) for row in sequences], device=device)
+    return ids, torch.tensor([len(row) for row in sequences], device=device)
+
+
+def pad_completions(texts, device="cpu", finished=None):
+    """Completion texts -> ids (n, N) and mask (n, N), with END where finished (everywhere, unless told)."""
+    finished = finished or [True] * len(texts)
+    ids, length = pad([encode_completion(text, end) for text, end in zip(texts, finished)], device)
+    return ids, torch.arange(ids.shape[1], device=device) < length[:, None]
+
+
+def token_logprobs(policy, prompts, completion_ids, mask, temperature=1.0):
+    """log pi(token t | prompt, tokens before t) at the sampling temperature, and the entropy of that distribution.
+
+    completion_ids, mask (B, N) -> logprobs (B, N), entropy (B, N) without gradient; both 0 where the mask is False.
+    """
+    all_logprobs = (policy(prompts, completion_ids) / temperature).log_softmax(dim=-1)        # (B, N, V)
+    logprobs = all_logprobs.gather(-1, completion_ids[..., None]).squeeze(-1)                 # (B, N)
+    with torch.no_grad():
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)                                # (B, N)
+    return logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
+
+
+@torch.no_grad()
+def frozen_logprobs(policy, prompts, rollout, temperature, minibatches):
+    """The log-probabilities (B, N) of a policy that is not being trained, in the same minibatches as the update."""
+    parts = [token_logprobs(policy, *part, temperature)[0] for part, _ in split(prompts, rollout, minibatches)]
+    return torch.cat(parts)                                                                   # (B, N)
+
+
+def split(prompts, rollout, minibatches):
+    """Yield ((prompts, completion_ids, mask), rows) of each minibatch: whole groups, rows a slice of the B rows."""
+    Q = len(prompts.ids) // minibatches
+    B = len(rollout.mask) // minibatches
+    for i in range(minibatches):
+        rows = slice(i * B, (i + 1) * B)
+        yield (prompts.rows(i * Q, (i + 1) * Q), rollout.completion_ids[rows], rollout.mask[rows]), rows
+
+
+@torch.no_grad()
+def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generator=None):
+    """Sample `group_size` completions of each prompt, token by token until END or `max_new_tokens` -> Rollout.
+
+    temperature 0 takes the likeliest token. The uniform numbers (B, N) are drawn up front on the CPU, and each token
+    is the first whose cumulative probability exceeds its number: the same run on every device, and a row's tokens
+    do not depend on the other rows. Raises ValueError if prompt and completion do not fit into the context.
+    """
+    Q, P = prompts.ids.shape
+    B, N, device = Q * group_size, max_new_tokens, prompts.ids.device
+    if int(prompts.length.max()) + N > policy.config.context:
+        raise ValueError(f"{int(prompts.length.max())} prompt tokens and {N} new ones do not fit into the model's "
+                         f"context of {policy.config.context}")
+    uniforms = torch.rand(B, N, generator=generator).to(device)                         # (B, N)
+    last, memory = policy.read(prompts)                                                 # (Q, D)
+    state = last.repeat_interleave(group_size, dim=0)                                   # (B, D)
+    position = prompts.length.repeat_interleave(group_size)                             # (B,)
+    caches = [(k.new_empty(B, k.shape[1], N, k.shape[3]), k.new_empty(B, k.shape[1], N, k.shape[3]))
+              for k, _, _ in memory]
+    completion_ids = torch.full((B, N), PAD, device=device)
+    mask = torch.zeros(B, N, dtype=torch.bool, device=device)
+    logprobs = torch.zeros(B, N, device=device)
+    running = torch.ones(B, dtype=torch.bool, device=device)
+    for t in range(N):
+        logits = policy.head(state)                                                     # (B, V)
+        if temperature == 0:
+            token, logprob = logits.argmax(-1), logits.new_zeros(B)                     # (B,)
+        else:
+            all_logprobs = (logits / temperature).log_softmax(dim=-1)                   # (B, V)
+            token = inverse_cdf(all_logprobs.exp(), uniforms[:, t])                     # (B,)
+            logprob = all_logprobs.gather(1, token[:, None]).squeeze(1)                 # (B,)
+        completion_ids[:, t] = token.where(running, PAD)
+        logprobs[:, t] = logprob * running
+        mask[:, t] = running
+        running = running & (token != END)
+        if t + 1 == N or not running.any():
+            break
+        step_caches = [(k, v, t) for k, v in caches]
+        states, _ = policy.run(completion_ids[:, t:t + 1], (position + t)[:, None], memory, step_caches)
+        state = states[:, 0]                                                            # (B, D)
+    used = int(mask.any(0).sum())                                                       # drop columns nobody reached
+    return Rollout(completion_ids[:, :used], mask[:, :used], logprobs[:, :used], ~running)
+
+
+def inverse_cdf(probs, uniforms):
+    """Per row, the first index whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,)."""
+    cdf = probs.cumsum(-1)
+    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)

@@ -1,0 +1,339 @@
+"""Run folders: settings, metrics, checkpoints, the log line; data files; and the loop of the supervised stages.
+
+runs/NAME/ holds config.json, metrics.csv (a row per step), samples.jsonl, checkpoint.pt and, from RL, curves.png.
+Random numbers depend on the seed and the step alone, so a resumed run needs no random states: it continues bit for
+bit (on a CPU with the same number of threads).
+"""
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from grpo_min.config import UserError, require
+from grpo_min.model import GPT, GPTConfig, ScalarGPT
+from grpo_min.tokenizer import VOCAB_SIZE
+
+DATA = Path(__file__).parent.parent / "data"
+SAVE_EVERY = 10      # seconds between checkpoints
+
+
+# --- data ---------------------------------------------------------------------------------------------------------
+
+def read_jsonl(path, fields):
+    """Rows of a JSONL file, each a dict in which the named fields are strings. UserError names file and line."""
+    rows = []
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                row = parse_row(line, fields, f"{path}, line {number}")
+                rows.append(row)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    require(rows, f"{path} is empty")
+    return rows
+
+
+def parse_row(line, fields, place):
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"{place}: not UTF-8")
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{place}: not JSON ({error})")
+    require(isinstance(row, dict), f"{place}: not a JSON object")
+    for field in fields:
+        require(field in row, f"{place}: the field \"{field}\" is missing")
+        require(isinstance(row[field], str), f"{place}: the field \"{field}\" is not a string")
+    return row
+
+
+def columns(rows):
+    """[{prompt: .., answer: ..}, ..] -> {prompt: [..], answer: [..]}."""
+    return {name: [row[name] for row in rows] for name in rows[0]}
+
+
+def batch_rows(count, batch_size, seed, step):
+    """The rows of a step's batch: each epoch in an order of its own, its last incomplete batch left out."""
+    require(batch_size <= count, f"a batch of {batch_size} from only {count} rows")
+    epoch, index = divmod(step, count // batch_size)
+    order = torch.randperm(count, generator=generator(seed, epoch))
+    return order[index * batch_size:(index + 1) * batch_size].tolist()
+
+
+def generator(seed, step):
+    """A CPU generator that depends on the seed and the step alone."""
+    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+def save_file(path, content):
+    """Write to a temporary file and rename it: a reader sees the old file or the new one, never half of one."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        kept = " (the last good one is intact)" if Path(path).exists() else ""
+        raise UserError(f"cannot write {path}: {error.strerror}{kept}", exit_code=1)
+
+
+def serialise(**content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def weights(model):
+    """What is needed to build a model again, and what it is: {kind, config, model}."""
+    return dict(kind=type(model).__name__, config=dataclasses.asdict(model.config), model=model.state_dict())
+
+
+def load_checkpoint(path):
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        require(isinstance(checkpoint, dict) and "kind" in checkpoint, f"{path} is not a checkpoint of grpo_min")
+        return checkpoint
+    except OSError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+        raise UserError(f"{path} is not a checkpoint, is damaged, or holds code, which is never run")
+
+
+def load_model(path, kind, device="cpu"):
+    """The GPT or ScalarGPT (that is the kind) of a checkpoint file."""
+    checkpoint = load_checkpoint(path)
+    require(checkpoint["kind"] == kind, f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
+    require(checkpoint["config"]["vocab_size"] == VOCAB_SIZE,
+            f"{path} has a vocabulary of {checkpoint['config']['vocab_size']}, the tokenizer one of {VOCAB_SIZE}")
+    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](GPTConfig(**checkpoint["config"]))
+    load_weights(model, checkpoint["model"], path)
+    return model.to(device)
+
+
+def load_weights(model, state, path):
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"{path}: the checkpoint is of another model shape than {model.config}")
+
+
+def fingerprint(path):
+    """Eight hex digits of a file's contents, so that a run knows which files it started from."""
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+
+
+# --- a run --------------------------------------------------------------------------------------------------------
+
+class Run:
+    """The folder of one run, and its progress on the screen. A context manager, so that Ctrl-C ends it cleanly.
+
+    config: the stage's config, with `run` (the folder; "" writes nothing), `resume` and `steps`.
+    inputs: the files the run starts from; parts: {name: model or optimizer} whose states a checkpoint holds, the
+    first of which is the model that the run is about.
+    """
+
+    def __init__(self, config, inputs, parts):
+        self.config, self.parts, self.rows, self.warned = config, parts, [], set()
+        self.pending, self.stopped = None, False
+        self.folder = Path(config.run) if config.run else None
+        self.settings = {name: value for name, value in dataclasses.asdict(config).items()
+                         if name not in ("run", "resume")}
+        self.settings["inputs"] = {Path(path).name: fingerprint(path) for path in inputs}
+        self.settings["threads"] = torch.get_num_threads()
+
+    def __enter__(self):
+        self.first_step = 0
+        if self.folder:
+            if (self.folder / "config.json").exists():
+                if self.config.resume:
+                    self.restore()
+                else:
+                    move_aside(self.folder)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {self.folder}: {error.strerror}")
+            save_file(self.folder / "config.json", json.dumps(self.settings, indent=1).encode())
+            if self.first_step == 0:
+                for name in "metrics.csv", "samples.jsonl":
+                    (self.folder / name).write_text("")
+                self.save(self.checkpoint(0))
+        self.started = self.shown = time.perf_counter()
+        self.saved = self.started
+        try:
+            self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
+        except ValueError:                       # not in the main thread: Ctrl-C stays as it is
+            self.old_handler = None
+        return self
+
+    def __exit__(self, *_):
+        if self.old_handler is not None:
+            signal.signal(signal.SIGINT, self.old_handler)
+
+    def interrupt(self, *_):
+        """First Ctrl-C: stop after this step. Second: at once."""
+        self.stopped = True
+        signal.signal(signal.SIGINT, self.old_handler)
+        print("\nstopping after this step (Ctrl-C again: at once) ...", file=sys.stderr, flush=True)
+
+    def restore(self):
+        """Load the checkpoint into the parts, and cut metrics and samples back to its step."""
+        path = self.folder / "checkpoint.pt"
+        old = json.loads((self.folder / "config.json").read_text())
+        changed = [name for name in self.settings if old.get(name) != self.settings[name]]
+        require(not changed, f"--resume: {self.folder} was run with other settings: {', '.join(changed)}")
+        checkpoint = load_checkpoint(path)
+        for name, part in self.parts.items():
+            if name == next(iter(self.parts)):
+                load_weights(part, checkpoint["model"], path)
+            else:
+                part.load_state_dict(checkpoint[name])
+        self.first_step = checkpoint["step"]
+        with open(self.folder / "metrics.csv", newline="") as file:
+            self.rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)
+                         if int(row["step"]) < self.first_step]
+        write_csv(self.folder / "metrics.csv", self.rows)
+        samples = [line for line in (self.folder / "samples.jsonl").read_text().splitlines(keepends=True)
+                   if json.loads(line)["step"] < self.first_step]
+        (self.folder / "samples.jsonl").write_text("".join(samples))
+
+    def checkpoint(self, step):
+        """The bytes of a checkpoint of the state after `step` steps: the first part is the model, the others as they are."""
+        model, *others = self.parts
+        return serialise(step=step, **weights(self.parts[model]),
+                         **{name: self.parts[name].state_dict() for name in others})
+
+    def save(self, content):
+        save_file(self.folder / "checkpoint.pt", content)
+
+    def step_done(self, step, row, line, samples=()):
+        """Record a step: row {metric: number} goes to metrics.csv, line to the screen, samples to samples.jsonl.
+
+        A checkpoint of step k is written when step k + 1 has had a finite loss, which shows that it is a good one.
+        """
+        row = dict(step=step, **row)
+        self.rows.append(row)
+        done, last = step + 1, step + 1 == self.config.steps
+        if self.folder:
+            with open(self.folder / "metrics.csv", "a", newline="") as file:
+                writer = csv.DictWriter(file, row)
+                if step == 0:
+                    writer.writeheader()
+                writer.writerow(row)
+            with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(dict(step=step, **sample), ensure_ascii=False) + "\n" for sample in samples)
+            if self.pending:
+                self.save(self.pending)
+                self.pending = None
+            if last or self.stopped:
+                self.save(self.checkpoint(done))
+            elif time.perf_counter() - self.saved > SAVE_EVERY:
+                self.saved = time.perf_counter()
+                self.pending = self.checkpoint(done)
+        self.show(done, line, last)
+        if self.stopped and not last:
+            print(f"\nsaved after step {done}; go on with: {resume_command()}" if self.folder else "", file=sys.stderr)
+            raise UserError("stopped by Ctrl-C", exit_code=130)
+
+    def show(self, done, line, last):
+        """The log line: on a terminal it rewrites itself, elsewhere it is printed every five seconds."""
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        per_step = (now - self.started) / (done - self.first_step)
+        left = per_step * (self.config.steps - done)
+        if terminal or last or now - self.shown > 5 or done == self.first_step + 1:
+            self.shown = now
+            text = f"step {done}/{self.config.steps} | {line} | {per_step:.2f} s/step, {left:.0f} s left"
+            print("\r\033[K" + text if terminal else text, end="\n" if last or not terminal else "", flush=True)
+
+    def check_finite(self, loss, norm):
+        """Stop, before the update, if the loss or the gradient is not a number."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            kept = f"; the last good checkpoint is {self.folder / 'checkpoint.pt'}" if self.folder else ""
+            raise UserError(f"the loss is {loss} and the gradient's norm {norm}: try a smaller learning rate{kept}",
+                            exit_code=1)
+
+
+def number(text):
+    """A cell of metrics.csv as it was: int, float, or "" where nothing was measured."""
+    if text == "":
+        return ""
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def write_csv(path, rows):
+    with open(path, "w", newline="") as file:
+        if rows:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def read_csv(path):
+    try:
+        with open(path, newline="") as file:
+            return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+
+
+def move_aside(folder):
+    """Rename a folder to the first free NAME.1, NAME.2, ...: what was there is kept."""
+    n = 1
+    while Path(f"{folder}.{n}").exists():
+        n += 1
+    folder.rename(f"{folder}.{n}")
+    print(f"{folder} was there already: kept as {folder}.{n}")
+
+
+def resume_command():
+    arguments = [a for a in sys.argv[1:] if a != "--resume"]
+    module = getattr(sys.modules["__main__"].__spec__, "name", "grpo_min").removesuffix(".__main__")
+    return " ".join(["python -m", module, *arguments, *([] if module == "grpo_min" else ["--resume"])])
+
+
+# --- the supervised stages ----------------------------------------------------------------------------------------
+
+def optimizer_for(model, lr):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def update(run, model, optimizer, loss, max_norm=1.0):
+    """Backward, clip the gradient to a norm of at most `max_norm`, one step of the optimizer -> the norm before."""
+    optimizer.zero_grad()
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    run.check_finite(loss.item(), norm)
+    optimizer.step()
+    return norm
+
+
+def fit(config, model, inputs, loss_at):
+    """Train on `loss_at(step)` with AdamW, linear warm-up and cosine decay -> rows of metrics.
+
+    loss_at returns the loss and a dict of further metrics. config has run, resume, steps, lr, warmup.
+    """
+    optimizer = optimizer_for(model, config.lr)
+    with Run(config, inputs, dict(model=model, optimizer=optimizer)) as run:
+        for step in range(run.first_step, config.steps):
+            lr = config.lr * min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, metrics = loss_at(step)
+            norm = update(run, model, optimizer, loss)
+            run.step_done(step, dict(loss=loss.item(), **metrics, lr=lr, grad_norm=norm), f"loss {loss.item():.3f}")
+        return run.rows

@@ -1,0 +1,49 @@
+"""Stage 2: supervised fine-tuning on demonstrations. Loss: mean cross-entropy of the response's tokens, in nats.
+
+Batches are drawn from shuffled rows, never sorted by length: with a token mean, a batch of short (direct) answers
+would weigh their first token many times as much as a batch of long ones, and the model would hardly ever think.
+"""
+from dataclasses import dataclass
+
+from grpo_min.config import option, parse, pick_device, run_command
+from grpo_min.rollout import Prompts, pad_completions, token_logprobs
+from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
+
+
+@dataclass
+class SFTConfig:
+    """Stage 2: fine-tune the base model on demonstrations."""
+    run: str = option("runs/sft", "folder to write into")
+    resume: bool = option(False, "go on from the checkpoint in --run")
+    base: str = option(str(DATA / "checkpoints/base.pt"), "checkpoint of the base model")
+    demonstrations: str = option(str(DATA / "sft.jsonl"), "JSONL with the fields prompt and response")
+    steps: int = option(1000, "updates")
+    batch_size: int = option(64, "demonstrations per update")
+    lr: float = option(2e-3, "peak learning rate")
+    warmup: int = option(30, "updates over which the learning rate rises")
+    seed: int = option(1, "seed of the order of demonstrations")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def train(config):
+    """Fine-tune -> the SFT model and one row of metrics per step."""
+    device = pick_device(config.device)
+    rows = read_jsonl(config.demonstrations, ["prompt", "response"])
+    model = load_model(config.base, "GPT", device)
+
+    def loss_at(step):
+        batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
+        prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
+        completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
+        logprobs, _ = token_logprobs(model, prompts, completion_ids, mask)                    # (batch, N)
+        return -(logprobs * mask).sum() / mask.sum(), {}
+
+    return model, fit(config, model, [config.base, config.demonstrations], loss_at)
+
+
+def main(argv=None):
+    train(parse(SFTConfig, argv))
+
+
+if __name__ == "__main__":
+    run_command(main)
