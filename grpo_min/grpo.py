@@ -160,7 +160,7 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
                     norm = update(run, policy, optimizer, objective, config.max_grad_norm)
                     updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy, mask,
                                                   config.clip_eps))
-            clock.lap("update")
+                    clock.lap("update")
 
             # --- 7. repeat -----------------------------------------------------------------------------------------
             drift = None if ref_logprobs is None else kl_estimate(rollout.logprobs, ref_logprobs, "k3")   # (B, N)

@@ -36,7 +36,7 @@ class Clock:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         now = time.perf_counter()
-        self.laps[f"seconds_{phase}"] = now - self.last
+        self.laps[f"seconds_{phase}"] = self.laps.get(f"seconds_{phase}", 0.0) + now - self.last
         self.last = now
 
 

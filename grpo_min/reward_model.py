@@ -8,6 +8,7 @@ agrees with the choices (the ceiling), and calibration, the share of choices tha
 """
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -86,19 +87,24 @@ def judge(model, pairs):
                 shortfall=interval(ceiling - right), calibration=calibration)
 
 
+def report(model, heldout, folder):
+    """Judge a reward model on a file of held-out pairs, print the result and write it to evaluation.json."""
+    pairs = read_jsonl(heldout, ["prompt", "chosen", "rejected", "animal", "attribute"])
+    result = judge(model, pairs)
+    print("agrees with {:.1%} of {} held-out choices, the hidden gold score itself with {:.1%} "
+          "(shortfall {:.1%}, 95% interval {:.1%} to {:.1%})".format(
+              result["accuracy"][0], result["pairs"], result["ceiling"][0], *result["shortfall"]))
+    for predicted, seen, count in result["calibration"]:
+        print(f"  predicted {predicted:.0%}, happened {seen:.0%} ({count} pairs)")
+    if folder:
+        save_file(Path(folder) / "evaluation.json", json.dumps(result, indent=1).encode())
+    return result
+
+
 def main(argv=None):
     config = parse(RewardModelConfig, argv)
-    pairs = read_jsonl(config.heldout, ["prompt", "chosen", "rejected", "animal", "attribute"])
     model, _ = train(config)
-    report = judge(model, pairs)
-    print("agrees with {:.1%} of {} held-out choices; the hidden gold score itself with {:.1%} "
-          "(difference {:.1%}, 95% interval {:.1%} to {:.1%})".format(
-              report["accuracy"][0], report["pairs"], report["ceiling"][0], *report["shortfall"]))
-    for predicted, seen, count in report["calibration"]:
-        print(f"  predicted {predicted:.0%}, happened {seen:.0%} ({count} pairs)")
-    if config.run:
-        save_file(f"{config.run}/evaluation.json", json.dumps(report, indent=1).encode())
-    return model
+    report(model, config.heldout, config.run)
 
 
 if __name__ == "__main__":

@@ -139,6 +139,10 @@ def fingerprint(path):
 
 # --- a run --------------------------------------------------------------------------------------------------------
 
+class OtherSettings(UserError):
+    """A run cannot be resumed, because it was begun with other settings."""
+
+
 class Run:
     """The folder of one run, and its progress on the screen. A context manager, so that Ctrl-C ends it cleanly.
 
@@ -164,10 +168,7 @@ class Run:
                     self.restore()
                 else:
                     move_aside(self.folder)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the folder {self.folder}: {error.strerror}")
+            make_folder(self.folder)
             save_file(self.folder / "config.json", json.dumps(self.settings, indent=1).encode())
             if self.first_step == 0:
                 for name in "metrics.csv", "samples.jsonl":
@@ -196,7 +197,8 @@ class Run:
         path = self.folder / "checkpoint.pt"
         old = json.loads((self.folder / "config.json").read_text())
         changed = [name for name in self.settings if old.get(name) != self.settings[name]]
-        require(not changed, f"--resume: {self.folder} was run with other settings: {', '.join(changed)}")
+        if changed:
+            raise OtherSettings(f"--resume: {self.folder} was run with other settings: {', '.join(changed)}")
         checkpoint = load_checkpoint(path)
         for name, part in self.parts.items():
             if name == next(iter(self.parts)):
@@ -289,6 +291,13 @@ def read_csv(path):
             return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
+
+
+def make_folder(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {folder}: {error.strerror}")
 
 
 def move_aside(folder):

@@ -1,0 +1,101 @@
+"""The main job: python -m grpo_min
+
+Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. A stage whose
+result with the same settings is in the folder already is not run again; an unfinished one is continued.
+"""
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from grpo_min import compare, pretrain, reward_model, sft
+from grpo_min.compare import train_or_reuse
+from grpo_min.config import option, parse, pick_device, run_command
+from grpo_min.rewards import learned
+from grpo_min.runs import load_model, save_file
+from grpo_min.sample import ask
+
+QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
+             "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
+QUICK = dict(pretrain=dict(steps=40), sft=dict(steps=40), reward_model=dict(steps=10),
+             compare=dict(steps=3, eval_prompts=20))
+
+
+@dataclass
+class MainConfig:
+    """All stages in order: pretrain, SFT, reward model, GRPO and PPO on both rewards, and their comparison."""
+    run: str = option("runs/main", "folder to write into; what is in it with the same settings is used again")
+    quick: bool = option(False, "a smoke test: a few steps of everything, far too few to learn")
+    seed: int = option(1, "seed of the first three stages")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def title(text):
+    print(f"\n=== {text} ".ljust(100, "="), flush=True)
+
+
+def show_answers(policy, questions, reward=None):
+    """Two sample answers, with the reward model's scores where there is one."""
+    for question in questions:
+        text = ask(policy, question, answers=1)[0]
+        score = f"    (score {reward([question], [text])[0]:.2f})" if reward else ""
+        print(f"  {question}\n      -> {text.strip()}{score}")
+
+
+def page(models):
+    """Real answers of several models to the same questions, as Markdown: {name: policy} -> text."""
+    lines = ["# Before and after", "", "Two answers of each model, sampled at temperature 1.", ""]
+    for question in QUESTIONS:
+        lines += [f"**{question}**", ""]
+        for name, policy in models.items():
+            lines += [f"* {name}: " + " / ".join(f"`{text.strip()}`" for text in ask(policy, question))]
+        lines += [""]
+    return "\n".join(lines)
+
+
+def main(argv=None):
+    config = parse(MainConfig, argv)
+    device, folder, started = pick_device(config.device), Path(config.run), time.perf_counter()
+    changes = QUICK if config.quick else {name: {} for name in QUICK}
+
+    def settings(config_class, stage, **more):
+        return config_class(run=str(folder / stage), device=config.device, **more, **changes[stage])
+
+    title("1. pretraining: the base model")
+    base, _ = train_or_reuse(pretrain.train, settings(pretrain.PretrainConfig, "pretrain", seed=config.seed))
+    base_file, sft_file, reward_file = (str(folder / stage / "checkpoint.pt")
+                                        for stage in ("pretrain", "sft", "reward_model"))
+    show_answers(base, QUESTIONS[1:3])
+
+    title("2. supervised fine-tuning: the SFT model")
+    sft_model, _ = train_or_reuse(sft.train, settings(sft.SFTConfig, "sft", base=base_file, seed=config.seed))
+    show_answers(sft_model, QUESTIONS[1:3])
+
+    title("3. the reward model, from preferences")
+    model, _ = train_or_reuse(reward_model.train, settings(reward_model.RewardModelConfig, "reward_model",
+                                                           sft=sft_file, seed=config.seed))
+    reward_model.report(model, reward_model.RewardModelConfig().heldout, folder / "reward_model")
+    show_answers(sft_model, QUESTIONS[2:], learned(model))
+
+    title("4. GRPO and PPO, on both rewards")
+    comparison = settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file, seeds=1,
+                          algorithms="GRPO,PPO")
+    records = compare.compare(comparison)
+
+    title("before and after")
+    models = {"base": base, "SFT": sft_model}
+    for record in records:
+        if "run" in record:
+            name = f"{record['algorithm']}, {'arithmetic' if record['reward'] == 'correct' else 'animals'}"
+            models[name] = load_model(f"{record['run']}/checkpoint.pt", "GPT", device)
+    text = page(models)
+    save_file(folder / "before_after.md", text.encode())
+    print(text)
+    title("GRPO and PPO on equal terms")
+    print(compare.tables(records))
+    print(f"pages:   {folder / 'before_after.md'}, {folder / 'compare/comparison.md'}")
+    print(f"figures: {', '.join(str(path) for path in sorted((folder / 'compare').glob('comparison-*.png')))}")
+    print(f"this took {(time.perf_counter() - started) / 60:.1f} minutes")
+
+
+if __name__ == "__main__":
+    run_command(main)

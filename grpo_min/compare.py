@@ -1,0 +1,195 @@
+"""GRPO and PPO on equal terms: python -m grpo_min.compare --seeds 3
+
+Both start from the same SFT weights, see the same prompts in the same order and sample the same number of
+completions with the same random numbers; KL penalty, clipping and aggregation are the same. PPO runs a second time
+with one completion for each of 256 prompts, its natural setting. Every run is evaluated on held-out prompts. What was
+run before with the same settings is used again.
+
+Written into the folder: comparison.json (every figure), comparison.md (the tables), comparison-REWARD.png.
+"""
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from grpo_min import grpo, ppo
+from grpo_min.config import option, parse, pick_device, require, run_command
+from grpo_min.evaluate import evaluate, held_out
+from grpo_min.plots import plot_comparison
+from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file
+
+ALGORITHMS = {      # name: (train, its config, the settings that differ)
+    "GRPO": (grpo.train, grpo.GRPOConfig, {}),
+    "PPO": (ppo.train, ppo.PPOConfig, {}),
+    "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
+}
+SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
+PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
+    "correct": {}, "learned": {},
+}
+
+
+@dataclass
+class CompareConfig:
+    """Train GRPO and PPO from the same weights on the same prompts, over several seeds, and evaluate them."""
+    run: str = option("runs/compare", "folder to write into; runs already in it are used again")
+    rewards: str = option("correct,learned", "what is rewarded, separated by commas: correct (arithmetic), learned (animals)")
+    algorithms: str = option("GRPO,PPO,PPO 256x1", "which to run, separated by commas")
+    seeds: int = option(1, "seeds of the RL stage: 1 to this number")
+    steps: int = option(0, "batches per run; 0: the default of each algorithm")
+    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
+    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
+    eval_prompts: int = option(1000, "held-out prompts per evaluation")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def train_or_reuse(train, config):
+    """Train; go on with an unfinished run of the same settings; load a finished one. Other settings start anew."""
+    try:
+        return train(dataclasses.replace(config, resume=True))
+    except OtherSettings:
+        return train(dataclasses.replace(config, resume=False))
+
+
+def evaluate_or_reuse(path, config, policy, opponent, reward):
+    """Held-out figures of a policy {set: {figure: [mean, low, high]}}, kept in a file beside its checkpoint."""
+    settings = dict(prompts=config.eval_prompts, sft=fingerprint(config.sft))
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["settings"] == settings:
+            return kept["figures"]
+    figures = {f"{domain}_{split}": evaluate(policy, domain, held_out(domain, split, config.eval_prompts), opponent)
+               for domain, split in SETS[reward]}
+    save_file(path, json.dumps(dict(settings=settings, figures=figures), indent=1).encode())
+    return figures
+
+
+def compare(config):
+    """Train and evaluate every algorithm, reward and seed -> the records, one dict per run, written as JSON too."""
+    names = [name.strip() for name in config.algorithms.split(",")]
+    rewards = [name.strip() for name in config.rewards.split(",")]
+    require(set(names) <= set(ALGORITHMS), f"--algorithms: choose from {', '.join(ALGORITHMS)}")
+    require(set(rewards) <= set(SETS), f"--rewards: choose from {', '.join(SETS)}")
+    require(config.seeds >= 1, "--seeds must be at least 1")
+    device, folder = pick_device(config.device), Path(config.run)
+    sft = load_model(config.sft, "GPT", device)
+    make_folder(folder)
+    records = []
+    for reward in rewards:
+        before = evaluate_or_reuse(folder / f"sft-{reward}.json", config, sft, sft, reward)
+        records.append(dict(algorithm="SFT", reward=reward, seed=0, figures=before))
+        for seed in range(1, config.seeds + 1):
+            for name in names:
+                records.append(one_run(config, folder, name, reward, seed, sft))
+    save_file(folder / "comparison.json", json.dumps(records, indent=1).encode())
+    save_file(folder / "comparison.md", tables(records).encode())
+    for reward in rewards:
+        plot_comparison([record for record in records if record["reward"] == reward and "run" in record],
+                        folder / f"comparison-{reward}.png")
+    return records
+
+
+def one_run(config, folder, name, reward, seed, sft):
+    """Train one algorithm with one seed and evaluate it -> its record."""
+    train, config_class, differences = ALGORITHMS[name]
+    run = folder / f"{name.lower().replace(' ', '-')}-{reward}-{seed}"
+    settings = dict(run=str(run), sft=config.sft, reward_model=config.reward_model, reward=reward, seed=seed,
+                    device=config.device, **PER_REWARD[reward], **differences)
+    if config.steps:
+        settings["steps"] = config.steps
+    print(f"\n{name}, reward {reward}, seed {seed}")
+    settings = config_class(**settings)
+    policy, rows = train_or_reuse(train, settings)
+    figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
+    seconds = {phase: float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
+               for phase in ("sample", "score", "critic", "update")}
+    return dict(algorithm=name, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
+                completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
+                state_bytes=state_bytes(policy, settings))
+
+
+def state_bytes(policy, config):
+    """Bytes of what training holds beside activations: weights, gradients and Adam's two moments of what is trained,
+    and the reference's weights."""
+    one = sum(p.numel() * p.element_size() for p in policy.parameters())
+    state = {"policy": one, "reference": one if config.beta > 0 else 0, "gradients": one, "Adam's moments": 2 * one}
+    if isinstance(config, ppo.PPOConfig):
+        critic = one + (policy.config.width + 1) * 4          # the trunk and the scalar head
+        state.update({"critic": critic, "gradients": one + critic, "Adam's moments": 2 * (one + critic)})
+    return state
+
+
+# --- tables -------------------------------------------------------------------------------------------------------
+
+COLUMNS = {     # reward: [(heading, set, figure, form)]
+    "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"), ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
+                ("pass@4", "arithmetic_test", "pass@4", "{:.1%}"), ("thinking", "arithmetic_test", "thinking", "{:.1%}"),
+                ("one more operation", "arithmetic_longer", "accuracy", "{:.1%}"),
+                ("length (tokens)", "arithmetic_test", "length", "{:.1f}")],
+    "learned": [("gold score", "animals_test", "gold", "{:.2f}"), ("way to the maximum", "animals_test", "progress", "{:.1%}"),
+                ("wins against SFT", "animals_test", "win_rate", "{:.1%}"), ("correct", "animals_test", "correct", "{:.1%}"),
+                ("length (tokens)", "animals_test", "length", "{:.1f}")],
+}
+
+
+def spread(values, form):
+    """Mean (lowest to highest) over seeds; of one seed the value alone."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return form.format(np.mean(values)) + (f" ({low} to {high})" if len(values) > 1 and low != high else "")
+
+
+def tables(records):
+    """The records as Markdown: a table per reward, of quality and of cost."""
+    lines = []
+    for reward in dict.fromkeys(record["reward"] for record in records):
+        of_reward = [record for record in records if record["reward"] == reward]
+        names = list(dict.fromkeys(record["algorithm"] for record in of_reward))
+        seeds = len({record["seed"] for record in of_reward if record["algorithm"] != "SFT"})
+        title = {"correct": "Arithmetic, rewarded for right answers", "learned": "Animals, rewarded by the reward model"}
+        lines += [f"**{title[reward]}** (held out; mean over {seeds} seed{'s' if seeds > 1 else ''}"
+                  f"{', lowest to highest' if seeds > 1 else ''})", ""]
+        headings = [heading for heading, *_ in COLUMNS[reward]]
+        lines += table_row([""] + headings) + table_row(["---"] * (len(headings) + 1))
+        for name in names:
+            chosen = [record["figures"] for record in of_reward if record["algorithm"] == name]
+            lines += table_row([name] + [spread([figure(f, of_set, key) for f in chosen], form)
+                                         for _, of_set, key, form in COLUMNS[reward]])
+        lines += ["", *cost_table([record for record in of_reward if "run" in record]), ""]
+    return "\n".join(lines)
+
+
+def figure(figures, of_set, name):
+    return figures[of_set][name][0] if name in figures[of_set] else None
+
+
+def cost_table(records):
+    phases = ["sample", "score", "critic", "update"]
+    headings = ["", *(f"{phase} (s)" for phase in phases), "step (s)", "model state (MB)", "peak memory (MB)"]
+    lines = table_row(headings) + table_row(["---"] * len(headings))
+    for name in dict.fromkeys(record["algorithm"] for record in records):
+        chosen = [record for record in records if record["algorithm"] == name]
+        lines += table_row([name, *(spread([r["seconds"][phase] for r in chosen], "{:.2f}") for phase in phases),
+                            spread([sum(r["seconds"].values()) for r in chosen], "{:.2f}"),
+                            f"{sum(chosen[0]['state_bytes'].values()) / 1e6:.1f}",
+                            f"{max(r['peak_memory_mb'] for r in chosen):.0f}"])
+    return lines
+
+
+def table_row(cells):
+    return ["| " + " | ".join(cells) + " |"]
+
+
+def main(argv=None):
+    config = parse(CompareConfig, argv)
+    records = compare(config)
+    print("\n" + tables(records))
+    print(f"figures: {', '.join(str(path) for path in sorted(Path(config.run).glob('comparison-*.png')))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,60 @@
+"""Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?", or without a prompt, line by line."""
+from dataclasses import dataclass
+
+from grpo_min.config import UserError, option, parse, pick_device, run_command
+from grpo_min.rewards import learned
+from grpo_min.rollout import Prompts, sample
+from grpo_min.runs import DATA, generator, load_model
+
+
+@dataclass
+class SampleConfig:
+    """Ask a checkpoint and read its answers."""
+    checkpoint: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of a base, SFT, GRPO or PPO model")
+    prompt: str = option("", "what to ask; without it, questions are read line by line until an empty one")
+    answers: int = option(2, "answers sampled to each prompt")
+    temperature: float = option(1.0, "sampling temperature; 0 takes the likeliest token each time")
+    max_new_tokens: int = option(48, "longest answer, in tokens")
+    reward_model: str = option("", "checkpoint of a reward model, to see its scores too")
+    seed: int = option(1, "seed of the sampling")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=48, seed=1):
+    """`answers` completions of one prompt, as texts. UserError if the prompt is too long."""
+    try:
+        prompts = Prompts.from_texts([text], next(policy.parameters()).device)
+        return sample(policy, prompts, answers, max_new_tokens, temperature, generator(seed, 0)).texts()
+    except ValueError as error:
+        raise UserError(str(error))
+
+
+def main(argv=None):
+    config = parse(SampleConfig, argv)
+    device = pick_device(config.device)
+    policy = load_model(config.checkpoint, "GPT", device)
+    reward = learned(load_model(config.reward_model, "ScalarGPT", device)) if config.reward_model else None
+
+    def answer(text):
+        answers = ask(policy, text, config.answers, config.temperature, config.max_new_tokens, config.seed)
+        scores = reward([text] * len(answers), answers) if reward else [None] * len(answers)
+        for completion, score in zip(answers, scores):
+            print(f"  {completion.strip()}" + ("" if score is None else f"    (score {score:.2f})"))
+
+    if config.prompt:
+        answer(config.prompt)
+        return
+    print("ask, for example: what does a cow eat?   or: start with 3, times 9, minus 7.   (an empty line ends)")
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if not text:
+            return
+        answer(text)
+
+
+if __name__ == "__main__":
+    run_command(main)
