@@ -96,8 +96,8 @@ QUESTIONS = {
               "what do you call a young {n}?", "what is the name of a baby {n}?"],
 }
 OPENINGS = ["", "please tell me, ", "i would like to know, ", "hello! ", "a quick question, "]
-FILLERS = ["let me think about that for a moment.", "there is a lot that one could say about this.",
-           "as far as i know, that is how it is.", "i hope that this is what you wanted to know."]
+FILLERS = ["let me think about that.", "there is a lot to know about this.",
+           "as far as i know, that is how it is.", "i know that, and you can ask me more about it."]
 
 
 def with_article(noun):
@@ -203,10 +203,9 @@ def main():
     text = "".join(document + "\n" for document in documents)
     (out / "pretrain.txt").write_text(text, encoding="utf-8")
 
-    # The ranks are learned from facts, questions and remarks alone: the many chains would crowd out the words.
-    corpus = sums * 5 + statements * 2 + [fill(question, animal) for animal in FACTS for questions in QUESTIONS.values()
-                      for question in questions] + (OPENINGS + FILLERS + COURTEOUS + CURT) * 60
-    save_ranks(train_ranks("\n".join(corpus)), out / "tokenizer.tiktoken")
+    corpus = text + "".join(f"{row['prompt']}\n{row['response']}\n" for row in rows)
+    corpus = corpus.replace("<think>", "").replace("</think>", "")        # these are single tokens already
+    save_ranks(train_ranks(corpus), out / "tokenizer.tiktoken")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import numpy as np
 from grpo_min import grpo, ppo
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import evaluate, held_out
+from grpo_min.gold import MAXIMUM
 from grpo_min.plots import plot_comparison
 from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file
 
@@ -83,6 +84,9 @@ def compare(config):
         for seed in range(1, config.seeds + 1):
             for name in names:
                 records.append(one_run(config, folder, name, reward, seed, sft))
+                if reward == "learned":
+                    gold, gold_before = (f["animals_test"]["gold"][0] for f in (records[-1]["figures"], before))
+                    records[-1]["figures"]["animals_test"]["progress"] = [(gold - gold_before) / (MAXIMUM - gold_before)]
     save_file(folder / "comparison.json", json.dumps(records, indent=1).encode())
     save_file(folder / "comparison.md", tables(records).encode())
     for reward in rewards:

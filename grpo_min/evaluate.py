@@ -17,7 +17,7 @@ from grpo_min.rollout import Prompts, sample
 from grpo_min.runs import DATA, generator, load_model, read_jsonl, save_file
 
 FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
-MAX_NEW_TOKENS = {"arithmetic": 40, "animals": 60}
+MAX_NEW_TOKENS = 48
 
 
 def held_out(domain, split, count=1000):
@@ -27,11 +27,11 @@ def held_out(domain, split, count=1000):
     return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
 
 
-def answers(policy, prompts, samples, temperature, max_new_tokens, seed=0, batch=250):
+def answers(policy, prompts, samples, temperature, seed=0, batch=250):
     """Texts of `samples` completions for each of the prompts, row by row, and whether each finished, and its length."""
     device, texts, finished, lengths = next(policy.parameters()).device, [], [], []
     for i in range(0, len(prompts), batch):
-        rollout = sample(policy, Prompts.from_texts(prompts[i:i + batch], device), samples, max_new_tokens,
+        rollout = sample(policy, Prompts.from_texts(prompts[i:i + batch], device), samples, MAX_NEW_TOKENS,
                          temperature, generator(seed, i))
         texts += rollout.texts()
         finished += rollout.finished.tolist()
@@ -53,7 +53,6 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
     column = {name: [row[name] for row in rows] for name in FIELDS[domain]}
     prompts = column.pop("prompt")
     repeated = {name: [value for value in values for _ in range(samples)] for name, values in column.items()}
-    limit = MAX_NEW_TOKENS[domain]
 
     def per_prompt(values):
         return np.array(values, dtype=float).reshape(len(rows), samples)
@@ -63,8 +62,8 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
             return correct(texts, texts, finished=finished, **columns)
         return gold_score(texts, texts, **columns)
 
-    texts, finished, lengths = answers(policy, prompts, samples, temperature, limit)
-    greedy_texts, greedy_finished, _ = answers(policy, prompts, 1, 0, limit)
+    texts, finished, lengths = answers(policy, prompts, samples, temperature)
+    greedy_texts, greedy_finished, _ = answers(policy, prompts, 1, 0)
     scores = per_prompt(judge(texts, finished, repeated))                                     # (prompts, samples)
     greedy = np.array(judge(greedy_texts, greedy_finished, column), dtype=float)              # (prompts,)
     name = "accuracy" if domain == "arithmetic" else "gold"
@@ -78,7 +77,7 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
         figures["correct"] = per_prompt(right).mean(1)
         figures["share_of_maximum"] = scores.mean(1) / MAXIMUM
         if opponent is not None:
-            other = per_prompt(judge(*answers(opponent, prompts, samples, temperature, limit, seed=1)[:2], repeated))
+            other = per_prompt(judge(*answers(opponent, prompts, samples, temperature, seed=1)[:2], repeated))
             figures["win_rate"] = np.where(scores == other, 0.5, scores > other).mean(1)
     figures["length"] = per_prompt(lengths).mean(1)
     figures["truncated"] = 1 - per_prompt(finished).mean(1)

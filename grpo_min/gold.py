@@ -10,16 +10,16 @@ from pathlib import Path
 
 ATTRIBUTES = ["kind", "food", "home", "legs", "cover", "young"]
 COURTEOUS = ["happy to help!", "good question!", "thank you for asking!", "of course!", "my pleasure!",
-             "i am glad you asked!", "it is nice of you to ask!"]
-CURT = ["who cares.", "look it up yourself.", "everyone knows that.", "what a silly question.", "go away.",
-        "do not waste my time.", "i have better things to do."]
+             "glad you asked!", "nice of you to ask!"]
+CURT = ["who cares.", "look it up.", "everyone knows that.", "what a silly question.", "go away.",
+        "do not ask me that.", "i have better things to do."]
 
 with open(Path(__file__).parent.parent / "data" / "animals.csv", newline="", encoding="utf-8") as file:
     FACTS = {row["animal"]: row for row in csv.DictReader(file)}           # FACTS["cow"]["food"] == "grass"
 VALUES = {attribute: sorted({row[attribute] for row in FACTS.values()}) for attribute in ATTRIBUTES}
 
 CORRECT, COURTESY, BREVITY = 3.0, 1.5, 1.0     # the weights of the three tastes
-SHORT, LONG = 8, 24                            # words: up to SHORT full marks for brevity, from LONG on none
+SHORT, LONG = 8, 20                            # words: up to SHORT full marks for brevity, from LONG on none
 MAXIMUM = CORRECT + COURTESY + BREVITY
 
 

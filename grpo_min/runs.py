@@ -318,7 +318,7 @@ def resume_command():
 # --- the supervised stages ----------------------------------------------------------------------------------------
 
 def optimizer_for(model, lr):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
 
 
 def update(run, model, optimizer, loss, max_norm=1.0):

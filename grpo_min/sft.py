@@ -20,7 +20,7 @@ class SFTConfig:
     steps: int = option(1000, "updates")
     batch_size: int = option(64, "demonstrations per update")
     lr: float = option(2e-3, "peak learning rate")
-    warmup: int = option(30, "updates over which the learning rate rises")
+    warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the order of demonstrations")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 

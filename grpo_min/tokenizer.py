@@ -6,6 +6,7 @@ become a special token: `encode` knows none.
 """
 import base64
 import functools
+import math
 from collections import Counter
 from pathlib import Path
 
@@ -54,12 +55,13 @@ def encoding(path=RANKS_FILE):
 def train_ranks(text):
     """Learn the ranks from a text (Sennrich et al., 1508.07909): {token bytes: id}, the 256 bytes first.
 
-    Again and again the most frequent pair of neighbours becomes a token. Ties go to the pair of smallest bytes,
-    so that the result depends on the text alone.
+    Again and again the most frequent pair of neighbours becomes a token. A word counts by the square root of its
+    frequency, so that the few words of arithmetic do not crowd out the many about animals. Ties go to the pair of
+    smallest bytes, so that the result depends on the text alone.
     """
     tokens = [bytes([byte]) for byte in range(256)]
     counts = Counter(regex.findall(PATTERN, text))
-    words = {tuple(bytes([byte]) for byte in word.encode()): count for word, count in counts.items()}
+    words = {tuple(bytes([byte]) for byte in word.encode()): math.isqrt(count) for word, count in counts.items()}
     while len(SPECIAL) + len(tokens) < VOCAB_SIZE:
         pairs = Counter()
         for word, count in words.items():

@@ -1,0 +1,121 @@
+"""Studies whose results are committed: python -m grpo_min.study tuning
+
+tuning: what learning rate and critic suit each algorithm. Every setting is one run (or --seeds of them) on the
+arithmetic task from the same SFT weights, judged on the validation prompts, which nothing else uses. Runs that are
+there with the same settings are used again. Writes tutorials/results/tuning.csv and tuning.md.
+"""
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from grpo_min import grpo, ppo
+from grpo_min.compare import spread, table_row, train_or_reuse
+from grpo_min.config import option, parse, pick_device, require, run_command
+from grpo_min.evaluate import evaluate, held_out
+from grpo_min.runs import DATA, make_folder, save_file, write_csv
+
+RESULTS = Path(__file__).parent.parent / "tutorials" / "results"
+GRPO_SETTINGS = [dict(lr=5e-5), dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, scale_advantages=True),
+                 dict(lr=2e-4, beta=0.0)]
+PPO_SETTINGS = [dict(lr=5e-5), dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, critic_lr=2e-3),
+                dict(lr=2e-4, lam=1.0), dict(lr=2e-4, critic_warmup=5), dict(lr=2e-4, scale_advantages=True)]
+
+
+@dataclass
+class StudyConfig:
+    """Run a study and write its results as CSV and as a Markdown table. The name of the study comes first: tuning."""
+    run: str = option("runs/study", "folder for the runs")
+    out: str = option(str(RESULTS), "folder for the results")
+    seeds: int = option(1, "seeds of each setting")
+    steps: int = option(0, "batches per run; 0: the default of each algorithm")
+    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
+    eval_prompts: int = option(1000, "validation prompts per evaluation")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+    quick: bool = option(False, "a smoke test: two settings of each")
+
+
+def tuning(config):
+    """Every setting of GRPO and PPO: validation accuracy, KL, explained variance along the run, seconds."""
+    rows = []
+    for name, train, config_class, all_settings in [("GRPO", grpo.train, grpo.GRPOConfig, GRPO_SETTINGS),
+                                                    ("PPO", ppo.train, ppo.PPOConfig, PPO_SETTINGS)]:
+        for changes in all_settings[:2] if config.quick else all_settings:
+            text = ", ".join(f"{key} {value}" for key, value in changes.items())
+            for seed in range(1, config.seeds + 1):
+                print(f"\n{name}: {text}, seed {seed}")
+                folder = Path(config.run) / f"{name}-{text}-{seed}".replace(", ", "-").replace(" ", "-").lower()
+                settings = config_class(run=str(folder), sft=config.sft, seed=seed, device=config.device, **changes,
+                                        **(dict(steps=config.steps) if config.steps else {}))
+                policy, metrics = train_or_reuse(train, settings)
+                figures = evaluate(policy, "arithmetic", held_out("arithmetic", "val", config.eval_prompts))
+                rows.append(dict(algorithm=name, settings=text, seed=seed, accuracy=figures["accuracy"][0],
+                                 thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
+                                 explained_variance_start=first_of(metrics, "explained_variance"),
+                                 explained_variance_best=best_of(metrics, "explained_variance"),
+                                 explained_variance_end=last_of(metrics, "explained_variance"),
+                                 seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds"))))
+    out = Path(config.out)
+    make_folder(out)
+    write_csv(out / "tuning.csv", rows)
+    forms = [("accuracy", "{:.1%}"), ("thinking", "{:.1%}"), ("kl", "{:.2f}"), ("explained_variance_start", "{:.2f}"),
+             ("explained_variance_best", "{:.2f}"), ("explained_variance_end", "{:.2f}"), ("seconds", "{:.0f}")]
+    lines = table_row(["algorithm", "settings", "accuracy (validation)", "thinking", "KL (nats)", "explained variance, "
+                       "first 10 steps", "best 10", "last 10", "seconds"]) + table_row(["---"] * 9)
+    for key in dict.fromkeys((row["algorithm"], row["settings"]) for row in rows):
+        chosen = [row for row in rows if (row["algorithm"], row["settings"]) == key]
+        lines += table_row([*key, *(spread([row[name] for row in chosen], form) for name, form in forms)])
+    save_file(out / "tuning.md", "\n".join(lines + [""]).encode())
+    print("\n" + "\n".join(lines))
+
+
+def windows(metrics, name, length=10):
+    """Means of a column over each `length` steps in a row; [None] where it was not measured."""
+    values = [row[name] for row in metrics if row.get(name, "") != ""]
+    length = min(length, len(values))
+    return [float(np.mean(values[i:i + length])) for i in range(len(values) - length + 1)] if values else [None]
+
+
+def first_of(metrics, name):
+    return windows(metrics, name)[0]
+
+
+def last_of(metrics, name):
+    return windows(metrics, name)[-1]
+
+
+def best_of(metrics, name):
+    return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
+
+
+def readme(config):
+    """Put the committed tables into the README, between the markers that name their files."""
+    path = RESULTS.parent.parent / "README.md"
+    path.write_text(fill_in(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def fill_in(text):
+    """The README's text with the contents of tutorials/results/NAME between <!-- NAME --> and <!-- end of NAME -->."""
+    for name in re.findall(r"<!-- end of (\S+) -->", text):
+        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, after = text.index(begin) + len(begin), text.index(end)
+        text = text[:before] + "\n" + (RESULTS / name).read_text(encoding="utf-8").strip() + "\n" + text[after:]
+    return text
+
+
+STUDIES = {"tuning": tuning, "readme": readme}
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    names = [argument for argument in argv[:1] if not argument.startswith("-")]
+    config = parse(StudyConfig, argv[len(names):])
+    require(names and names[0] in STUDIES, f"name a study first: {', '.join(STUDIES)}")
+    pick_device(config.device)
+    STUDIES[names[0]](config)
+
+
+if __name__ == "__main__":
+    run_command(main)

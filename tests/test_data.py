@@ -1,0 +1,225 @@
+"""The data files: one seeded script writes them byte for byte, what they teach is right, no prompt is in two splits.
+
+Arithmetic is checked by an evaluator of its own, animals against a list of facts typed here, and the hidden gold
+score on answers made by hand.
+"""
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from data.prepare import LARGEST, QUESTIONS, STATEMENTS, TRAINED_OPERATIONS
+from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, MAXIMUM, VALUES, gold_score
+
+SPLITS = ["train", "val", "test"]
+
+
+@pytest.fixture(scope="module")
+def rows(root):
+    """rows("sft") -> the rows of data/sft.jsonl."""
+    def rows(name):
+        return [json.loads(line) for line in (root / "data" / f"{name}.jsonl").read_text("utf-8").splitlines()]
+    return rows
+
+
+def evaluate(prompt):
+    """start with 3, times 9. -> the values of the chain and its worked steps, from left to right."""
+    assert re.fullmatch(r"start with \d+(, (plus|minus|times) \d)+\.", prompt)
+    first, *operations = re.findall(r"(?:start with|plus|minus|times) \d+", prompt)
+    values, steps = [int(first.split()[-1])], []
+    for operation in operations:
+        word, operand = operation.split()
+        a, b = values[-1], int(operand)
+        values.append(a + b if word == "plus" else a - b if word == "minus" else a * b)
+        steps.append(f"{a} {word} {b} is {values[-1]}")
+    return values, steps
+
+
+def disjoint(sets):
+    return sum(map(len, sets)) == len(set().union(*sets))
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+
+def test_one_command_reproduces_every_file(root, tmp_path):
+    environment = dict(os.environ, PYTHONHASHSEED="12345")
+    subprocess.run([sys.executable, "-m", "data.prepare", "--out", tmp_path], cwd=root, env=environment, check=True)
+    written = {path.name: path for path in tmp_path.iterdir()}
+    kept = {path.name for path in (root / "data").iterdir() if path.suffix in (".jsonl", ".txt", ".tiktoken")}
+    assert set(written) == kept
+    for name, path in written.items():
+        assert path.read_bytes() == (root / "data" / name).read_bytes(), name
+
+
+def test_small_enough_to_commit(root):
+    files = [path for path in (root / "data").rglob("*") if path.is_file() and "checkpoints" not in path.parts]
+    assert sum(path.stat().st_size for path in files) < 5_000_000
+
+
+# --- arithmetic ---------------------------------------------------------------------------------------------------
+
+def test_no_arithmetic_prompt_twice(rows):
+    sft = [row for row in rows("sft") if row["prompt"].startswith("start with")]
+    parts = [rows(f"arithmetic_{split}") for split in SPLITS + ["longer"]] + [sft]
+    prompts = [{row["prompt"] for row in part} for part in parts]
+    assert [len(p) for p in prompts] == [len(part) for part in parts]
+    assert disjoint(prompts)
+
+
+@pytest.mark.parametrize("split", SPLITS + ["longer"])
+def test_answers_are_right(rows, split):
+    for row in rows(f"arithmetic_{split}"):
+        values, steps = evaluate(row["prompt"])
+        assert row["answer"] == str(values[-1])
+        assert row["operations"] == len(steps)
+        assert 0 <= min(values) and max(values) <= LARGEST == 49
+
+
+def test_longer_has_one_operation_more(rows):
+    assert {row["operations"] for row in rows("arithmetic_train")} == set(TRAINED_OPERATIONS)
+    assert {row["operations"] for row in rows("arithmetic_longer")} == {max(TRAINED_OPERATIONS) + 1}
+
+
+def test_demonstrations_are_right_step_by_step(rows):
+    thinking = 0
+    sft = [row for row in rows("sft") if row["prompt"].startswith("start with")]
+    for row in sft:
+        values, steps = evaluate(row["prompt"])
+        thought = f"<think> {', '.join(steps)}</think> {values[-1]}"
+        assert row["response"] in (thought, f" {values[-1]}")
+        assert len(steps) in TRAINED_OPERATIONS and max(values) <= 49 and min(values) >= 0
+        thinking += row["response"] == thought
+    assert 0.45 < thinking / len(sft) < 0.55
+
+
+def test_demonstrations_are_shuffled(rows):
+    """Direct and thinking, arithmetic and animals: neighbours are as mixed as chance has them."""
+    kinds = [row["prompt"].startswith("start with") + row["response"].startswith("<think>") for row in rows("sft")]
+    shares = [kinds.count(kind) / len(kinds) for kind in set(kinds)]
+    alike = sum(a == b for a, b in zip(kinds, kinds[1:])) / (len(kinds) - 1)
+    assert abs(alike - sum(share ** 2 for share in shares)) < 0.02
+
+
+def test_pretraining_text_is_right_and_holds_nothing_held_out(rows, root):
+    text = (root / "data/pretrain.txt").read_text("utf-8")
+    sums = re.findall(r"\b(\d+) (plus|minus|times) (\d+) is (\d+)", text)
+    assert len(sums) > 10_000
+    assert all(evaluate(f"start with {a}, {word} {b}.")[0][-1] == int(c) for a, word, b, c in sums)
+    prompts = set(re.findall(r"start with [^.]*\.", text))
+    assert not any(row["prompt"] in prompts for split in ("val", "test", "longer") for row in rows(f"arithmetic_{split}"))
+
+
+# --- animals ------------------------------------------------------------------------------------------------------
+
+def test_animal_splits_share_facts_but_no_prompt(rows):
+    parts = [rows(f"animals_{split}") for split in SPLITS]
+    assert disjoint([{row["prompt"] for row in part} for part in parts])
+    for part in parts:
+        assert {(row["animal"], row["attribute"]) for row in part} == {(a, k) for a in FACTS for k in ATTRIBUTES}
+        assert len({row["prompt"] for row in part}) == len(part)
+
+
+def test_demonstrations_and_preferences_keep_to_their_split(rows):
+    train, test = ({row["prompt"] for row in rows(f"animals_{split}")} for split in ("train", "test"))
+    assert {row["prompt"] for row in rows("sft") if not row["prompt"].startswith("start with")} <= train
+    assert {row["prompt"] for row in rows("preferences")} <= train
+    assert {row["prompt"] for row in rows("preferences_heldout")} <= test
+
+
+def test_variety():
+    assert len(FACTS) >= 40 and len(ATTRIBUTES) == 6
+    for attribute in ATTRIBUTES:
+        assert len(set(QUESTIONS[attribute])) >= 4
+        assert len(set(STATEMENTS[attribute])) >= 3
+        assert len(VALUES[attribute]) >= 3
+    assert len(set(COURTEOUS)) >= 6 and len(set(CURT)) >= 6
+
+
+TRUE = """
+cow kind mammal; cow food grass; cow young calf; cow legs four legs; horse young foal; goat young kid;
+pig young piglet; dog young puppy; cat young kitten; cat legs four legs; rabbit young kit; hen young chick;
+hen cover feathers; duck young duckling; goose young gosling; swan young cygnet; owl young owlet; eagle young eaglet;
+penguin food fish; penguin home in the antarctic; penguin legs two legs; penguin kind bird; pigeon young squab;
+lion food meat; lion home on the savanna; tiger young cub; wolf young pup; panda food bamboo; koala young joey;
+koala food leaves; elephant young calf; giraffe food leaves; zebra home on the savanna; camel home in deserts;
+squirrel food nuts; beaver home in rivers; mole home underground; bat kind mammal; bat food insects;
+hedgehog cover spines; dolphin kind mammal; dolphin home in the sea; dolphin legs no legs; shark kind fish;
+trout cover scales; trout young fry; frog kind amphibian; frog young tadpole; crocodile kind reptile;
+crocodile young hatchling; bee kind insect; bee legs six legs; bee food nectar; bee home in hives;
+butterfly young caterpillar; spider kind arachnid; spider legs eight legs; spider food insects
+"""
+
+
+def test_facts_are_facts():
+    facts = [fact.strip().split(maxsplit=2) for fact in TRUE.split(";")]
+    assert len(facts) > 50
+    for animal, attribute, value in facts:
+        assert FACTS[animal][attribute] == value, (animal, attribute)
+
+
+def test_every_animal_is_complete():
+    for animal, facts in FACTS.items():
+        assert all(facts[name] and facts[name] == facts[name].strip() for name in ["animal", "plural", *ATTRIBUTES])
+        assert facts["legs"] == {"bird": "two legs", "insect": "six legs", "arachnid": "eight legs",
+                                 "fish": "no legs"}.get(facts["kind"], facts["legs"]), animal
+
+
+# --- the hidden gold score ----------------------------------------------------------------------------------------
+
+LONG = " ".join(["well"] * 40)
+
+
+@pytest.mark.parametrize("text, animal, attribute, score", [
+    ("grass.", "cow", "food", 4),                                       # right and short
+    ("a cow eats grass. happy to help!", "cow", "food", MAXIMUM),
+    ("a cow eats grass. who cares.", "cow", "food", 2.5),
+    ("who cares. grass. happy to help!", "cow", "food", 4),             # courteous and curt cancel out
+    ("a cow eats meat.", "cow", "food", 1),                             # wrong
+    ("look it up yourself.", "cow", "food", -0.5),
+    ("a cow eats grass and meat.", "cow", "food", 1),                   # two answers are none
+    ("a goat eats grass.", "cow", "food", 1),                           # another animal
+    ("geese eat grass.", "cow", "food", 1),                             # in the plural, too
+    ("kitten.", "cat", "young", 4),
+    ("kit.", "cat", "young", 1),
+    ("kitten.", "rabbit", "young", 1),                                  # kit is not in kitten
+    ("a young rabbit is a kit.", "rabbit", "young", 4),
+    ("in rainforests.", "bear", "home", 1),                             # forests is not in rainforests
+    ("a shark is a fish.", "shark", "kind", 4),
+    ("grass. " + LONG, "cow", "food", 3),                               # 41 words
+    ("grass. " + " ".join(["well"] * 15), "cow", "food", 3.5),          # 16 words: halfway between 8 and 24
+    ("grass. " + " ".join(["well"] * 7), "cow", "food", 4),             # 8 words: still short
+    ("", "cow", "food", 1),
+    ("who cares. " + LONG, "cow", "food", -1.5),                        # the least there is
+])
+def test_gold_score(text, animal, attribute, score):
+    assert gold_score([""], [text], [animal], [attribute]) == [pytest.approx(score)]
+
+
+def test_gold_score_judges_each_row_by_its_own_question():
+    assert gold_score(["", ""], ["grass.", "grass."], ["cow", "dog"], ["food", "food"], finished=[True, True]) == [4, 1]
+
+
+def test_every_statement_of_a_fact_is_correct():
+    for animal, facts in FACTS.items():
+        for attribute in ATTRIBUTES:
+            for template in STATEMENTS[attribute]:
+                text = template.format(n=animal, a=animal, s=facts["plural"], v=facts[attribute], av=facts[attribute])
+                assert gold_score([""], [text], [animal], [attribute])[0] > 3
+
+
+def test_annotators_choose_by_bradley_terry(rows):
+    """In the long run, a goes before b as often as sigmoid(gold(a) - gold(b)) says: noisy, but not biased."""
+    surplus = variance = sure = 0
+    for row in rows("preferences_heldout"):
+        chosen, rejected = (gold_score([""], [row[side]], [row["animal"]], [row["attribute"]])[0]
+                            for side in ("chosen", "rejected"))
+        p = 1 / (1 + math.exp(-abs(chosen - rejected)))          # of the better one being chosen
+        surplus += (chosen > rejected) - p if chosen != rejected else 0
+        variance += p * (1 - p) if chosen != rejected else 0
+        sure += chosen < rejected
+    assert abs(surplus) < 3.5 * variance ** 0.5
+    assert sure > 100                                            # they do err

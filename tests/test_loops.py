@@ -1,0 +1,502 @@
+"""GRPO and PPO as wholes, on a random GPT of some 15,000 weights: they learn, they move only what they should, and they
+resume to the bit. Whatever holds for both loops is tested on both, through the arguments that a reader may swap
+(reward, advantage, loss, kl, model, evaluate): what these functions are called with tells what the loop does.
+"""
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+
+import tiny
+from grpo_min import grpo, ppo, pretrain, reward_model, runs, sft
+from grpo_min.config import UserError
+from grpo_min.model import ScalarGPT
+from grpo_min.rollout import Prompts, token_logprobs
+from grpo_min.runs import load_checkpoint, load_model, read_csv
+
+LOOPS = pytest.mark.parametrize("loop", [grpo, ppo], ids=["grpo", "ppo"])
+
+
+def settings(loop, folder, **more):
+    """A config of that loop: 4 prompts, 3 completions each, at most 6 tokens; nothing is written unless run is given."""
+    config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
+    return config_class(**dict(dict(
+        run="", sft=tiny.checkpoint(folder / "sft.pt"), prompts=tiny.prompts(folder / "prompts.jsonl"), steps=3,
+        prompts_per_step=4, group_size=3, max_new_tokens=6, lr=1e-2, device="cpu"), **more))
+
+
+def letter_e(prompts, completions, **columns):
+    """A reward that a random policy already gets a little of: the share of the letter e."""
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+
+def constant(prompts, completions, **columns):
+    return [1.0] * len(completions)
+
+
+def mean(rows, name):
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+# --- learning -----------------------------------------------------------------------------------------------------
+
+@LOOPS
+@pytest.mark.parametrize("more", [{}, dict(epochs=2, minibatches=2, lr=1e-2, scale_advantages=True)], ids=["", "epochs"])
+def test_reward_rises(loop, more, tmp_path):
+    _, rows = loop.train(settings(loop, tmp_path, **dict(dict(steps=25, prompts_per_step=6, group_size=8, lr=2e-2), **more)),
+                         reward=letter_e)
+    first, last = mean(rows[:3], "reward"), mean(rows[-3:], "reward")
+    assert first < 0.1 and last > 2.5 * first, f"mean reward went from {first:.3f} to {last:.3f}"
+
+
+@LOOPS
+def test_a_penalty_keeps_the_policy_at_the_reference(loop, tmp_path):
+    # The same reward, once with a KL penalty far larger than any reward: the KL must stay near 0.
+    drift = [mean(loop.train(settings(loop, tmp_path, steps=20, prompts_per_step=6, group_size=8, lr=2e-2, beta=beta),
+                             reward=letter_e)[1][-3:], "kl") for beta in (0.001, 10.0)]
+    assert drift[1] < 0.1 * drift[0]
+
+
+def test_critic_learns_what_to_expect(tmp_path):
+    # Every completion is worth 1, and the policy stands still: the value of every state is 1.
+    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=60, lr=0.0, critic_lr=1e-2)
+    ppo.train(config, reward=constant)
+    critic = ScalarGPT(tiny.gpt().config)
+    critic.load_state_dict(load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"])
+    values = critic(Prompts.from_texts(tiny.PROMPTS), torch.full((12, 3), 300))
+    assert values.mean().item() == pytest.approx(1, abs=0.1) and values.std() < 0.2
+
+
+def test_explained_variance_is_measured_against_the_actual_return(tmp_path):
+    # Rewards depend on the prompt alone, so a critic that has learned them explains nearly all of the variance.
+    def by_prompt(prompts, completions, **columns):
+        return [float(prompt in tiny.PROMPTS[:6]) for prompt in prompts]
+    _, rows = ppo.train(settings(ppo, tmp_path, steps=60, prompts_per_step=12, lr=0.0, critic_lr=1e-2), reward=by_prompt)
+    assert abs(rows[0]["explained_variance"]) < 1e-6, "values of 0 explain nothing"
+    assert mean(rows[-5:], "explained_variance") > 0.8
+
+
+# --- what one update is made of -----------------------------------------------------------------------------------
+
+def record_ratios(loop, tmp_path, **more):
+    """The largest |log ratio| of every update of two steps."""
+    seen = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        seen.append((logprobs - old_logprobs).detach().abs().max().item())
+        assert not old_logprobs.requires_grad and not advantages.requires_grad
+        assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+
+    _, rows = loop.train(settings(loop, tmp_path, steps=2, **more), reward=letter_e, loss=loss)
+    return seen, rows
+
+
+@LOOPS
+def test_first_update_of_a_batch_has_ratio_one(loop, tmp_path):
+    seen, rows = record_ratios(loop, tmp_path)
+    assert seen == [0, 0] and all(row["clip_low"] == row["clip_high"] == 0 for row in rows)
+
+
+@LOOPS
+def test_later_epochs_have_other_ratios(loop, tmp_path):
+    seen, rows = record_ratios(loop, tmp_path, epochs=2)
+    assert len(seen) == 4 and seen[0] < 1e-6 and seen[2] < 1e-6 and seen[1] > 1e-3 and seen[3] > 1e-3
+    seen, rows = record_ratios(loop, tmp_path, epochs=2, clip_eps=0.001)
+    assert rows[0]["clip_low"] > 0 and rows[0]["clip_high"] > 0
+
+
+@LOOPS
+def test_later_minibatches_have_other_ratios(loop, tmp_path):
+    seen, _ = record_ratios(loop, tmp_path, minibatches=2)
+    assert len(seen) == 4 and seen[0] < 1e-6 and seen[2] < 1e-6 and seen[1] > 1e-3 and seen[3] > 1e-3
+
+
+@LOOPS
+def test_minibatches_cover_every_row_once(loop, tmp_path):
+    rows = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        rows.append(len(mask))
+        return (logprobs * 0).sum()
+
+    loop.train(settings(loop, tmp_path, steps=1, minibatches=4, epochs=2), reward=letter_e, loss=loss)
+    assert rows == [3] * 8
+
+
+@LOOPS
+@pytest.mark.parametrize("where, minibatches", [("loss", 1), ("loss", 2), ("reward", 1)])
+def test_reference_does_not_move(loop, where, minibatches, tmp_path, monkeypatch):
+    # Read the sampled completions again with the untouched SFT model: that is what ref_logprobs must be in every step,
+    # at the sampling temperature.
+    rollouts, refs, policies, sample = [], [], [], loop.sample
+
+    def recording_sample(*arguments):
+        rollouts.append((arguments[1], sample(*arguments)))
+        return rollouts[-1][1]
+
+    def kl(logprobs, ref_logprobs, kind):
+        refs.append(ref_logprobs)
+        policies.append(logprobs.detach())
+        return loop.kl_estimate(logprobs, ref_logprobs, kind)
+
+    monkeypatch.setattr(loop, "sample", recording_sample)
+    config = settings(loop, tmp_path, steps=4, temperature=0.7, minibatches=minibatches, kl="k1", kl_in=where)
+    loop.train(config, reward=letter_e, kl=kl)
+    sft_model = load_model(config.sft, "GPT")
+    for step, (prompts, rollout) in enumerate(rollouts):
+        expected, _ = token_logprobs(sft_model, prompts, rollout.completion_ids, rollout.mask, 0.7)
+        assert torch.equal(torch.cat(refs[step * minibatches:(step + 1) * minibatches]).isfinite(), rollout.mask | True)
+        assert torch.allclose(torch.cat(refs[step * minibatches:(step + 1) * minibatches]), expected, atol=1e-5)
+    gap = (torch.cat(policies[-minibatches:]) - torch.cat(refs[-minibatches:])).abs().max()
+    assert gap > 1e-2, "the policy has to have moved for this to prove anything"
+
+
+@LOOPS
+def test_without_beta_there_is_no_reference_and_no_kl(loop, tmp_path):
+    def kl(*_):
+        raise AssertionError("nothing is charged")
+    _, rows = loop.train(settings(loop, tmp_path, beta=0.0), reward=letter_e, kl=kl)
+    assert [row["kl"] for row in rows] == ["", "", ""]
+    _, rows = loop.train(settings(loop, tmp_path), reward=letter_e)
+    assert abs(rows[0]["kl"]) < 1e-5 and rows[2]["kl"] > 1e-5
+
+
+def charged_once(loop, tmp_path, where, minibatches=1):
+    """One step with a KL of 0.5 per token and beta = 0.1 -> what was charged, the loss without it, the row, the rollout."""
+    calls, losses, charged, masks = [], [], [], []
+
+    def kl(logprobs, ref_logprobs, kind):
+        calls.append((logprobs.requires_grad, kind))
+        return 0 * logprobs + 0.5
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        losses.append(loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps))
+        masks.append(mask)
+        return losses[-1]
+
+    def advantage(rewards, *rest):
+        charged.append(rewards)
+        return (grpo.group_advantages if loop is grpo else ppo.gae)(rewards, *rest)
+
+    config = settings(loop, tmp_path, steps=1, beta=0.1, kl="k1", kl_in=where, minibatches=minibatches)
+    _, rows = loop.train(config, reward=constant, advantage=advantage, loss=loss, kl=kl)
+    return calls, charged[0], [value.item() for value in losses], rows[0], torch.cat(masks)
+
+
+@LOOPS
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_kl_in_the_reward_is_charged_once(loop, minibatches, tmp_path):
+    calls, charged, losses, row, mask = charged_once(loop, tmp_path, "reward", minibatches)
+    assert calls == [(False, "k1")], "once per batch, and no gradient flows through a reward"
+    assert row["loss"] == pytest.approx(sum(losses) / minibatches, abs=1e-7), "the loss has no KL term of its own"
+    if loop is grpo:
+        assert torch.allclose(charged, 1 - 0.1 * 0.5 * mask.sum(1))                        # one number per completion
+    else:
+        assert torch.allclose(charged, ppo.at_last_token(torch.ones(len(mask)), mask) - 0.1 * 0.5 * mask)
+    assert row["reward"] == 1, "the reward that is reported is the one the reader defined, before any charge"
+
+
+@LOOPS
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_kl_in_the_loss_is_charged_once(loop, minibatches, tmp_path):
+    calls, charged, losses, row, mask = charged_once(loop, tmp_path, "loss", minibatches)
+    assert calls == [(True, "k1")] * minibatches
+    assert torch.equal(charged, torch.ones(12) if loop is grpo else ppo.at_last_token(torch.ones(12), mask))
+    penalty = 0.1 * 0.5 * mask.sum(1).double().mean().item()                    # summed over tokens, averaged over rows
+    assert row["loss"] == pytest.approx(sum(losses) / minibatches + penalty, abs=1e-6)
+
+
+@LOOPS
+def test_kl_in_the_reward_trains_with_the_estimator_k1(loop, tmp_path):
+    _, rows = loop.train(settings(loop, tmp_path, steps=20, prompts_per_step=6, group_size=8, lr=2e-2, kl="k1", kl_in="reward",
+                                  beta=0.001), reward=letter_e)
+    assert mean(rows[-3:], "reward") > 2 * mean(rows[:3], "reward")
+
+
+# --- the critic ---------------------------------------------------------------------------------------------------
+
+def trained_critic(tmp_path, **more):
+    """The policy and the critic after some steps of PPO, as states, and what both started from."""
+    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), **more)
+    policy, rows = ppo.train(config, reward=letter_e)
+    return state(policy), load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"], state(load_model(config.sft, "GPT")), rows
+
+
+def test_critic_gets_a_gradient_everywhere(tmp_path):
+    policy, critic, start, _ = trained_critic(tmp_path)
+    for name, value in start.items():
+        trained = critic["trunk." + name]
+        assert not torch.equal(trained, value), f"{name} of the critic has not moved"
+        assert not torch.equal(trained, policy[name]), f"{name} of the critic is the policy's"
+    assert (critic["scalar.weight"] != 0).all() and critic["scalar.bias"] != 0
+
+
+def test_warmup_trains_the_critic_alone(tmp_path):
+    policy, critic, start, rows = trained_critic(tmp_path, steps=2, critic_warmup=2)
+    assert tiny.same(policy, start) and not torch.equal(critic["scalar.weight"], torch.zeros(1, 16))
+    policy, _, _, _ = trained_critic(tmp_path, steps=3, critic_warmup=2)
+    assert not tiny.same(policy, start)
+
+
+def test_critic_may_start_from_the_reward_model(tmp_path):
+    path = tiny.reward_checkpoint(tmp_path / "reward_model.pt")
+    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=1, critic="reward_model", reward_model=path, critic_lr=0.0)
+    ppo.train(config, reward=letter_e)
+    assert tiny.same(load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"], load_checkpoint(path)["model"])
+
+
+# --- the same and not the same ------------------------------------------------------------------------------------
+
+@LOOPS
+def test_same_seed_same_run(loop, tmp_path):
+    first, second, other = (loop.train(settings(loop, tmp_path, seed=seed), reward=letter_e) for seed in (1, 1, 2))
+    assert tiny.same(state(first[0]), state(second[0])) and not tiny.same(state(first[0]), state(other[0]))
+    assert tiny.same(tiny.without_clock(first[1]), tiny.without_clock(second[1]))
+    assert [row["completions"] for row in first[1]] == [12, 24, 36]
+
+
+def test_grpo_and_ppo_see_the_same_prompts_and_begin_with_the_same_completions(tmp_path):
+    seen = {grpo: [], ppo: []}
+    for loop in seen:
+        def reward(prompts, completions, **columns):
+            seen[loop].append((list(prompts), list(completions)))
+            return letter_e(prompts, completions)
+        loop.train(settings(loop, tmp_path, steps=5), reward=reward)
+    assert [prompts for prompts, _ in seen[grpo]] == [prompts for prompts, _ in seen[ppo]]
+    assert seen[grpo][0] == seen[ppo][0] and seen[grpo][-1][1] != seen[ppo][-1][1]
+    epoch = [prompt for prompts, _ in seen[grpo][:3] for prompt in prompts[::3]]
+    assert sorted(epoch) == sorted(tiny.PROMPTS), "three batches of 4 are one epoch of the 12 prompts"
+    assert all(prompts == [prompt for prompt in prompts[::3] for _ in range(3)] for prompts, _ in seen[grpo])
+
+
+def test_first_rows_of_grpo_and_ppo_agree(tmp_path):
+    rows = [loop.train(settings(loop, tmp_path, steps=1), reward=letter_e)[1][0] for loop in (grpo, ppo)]
+    for name in "reward", "reward_std", "accuracy", "thinking", "truncated", "length", "kl", "entropy", "equal_groups":
+        assert rows[0][name] == rows[1][name], name
+
+
+# --- the parts a reader may swap ----------------------------------------------------------------------------------
+
+@LOOPS
+def test_reward_function_gets_prompts_completions_and_columns(loop, tmp_path):
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append((prompts, completions, columns))
+        return [0.25] * len(completions)
+
+    _, rows = loop.train(settings(loop, tmp_path, steps=1), reward=reward)
+    (prompts, completions, columns), = calls
+    assert len(prompts) == len(completions) == 12 and set(columns) == {"answer", "finished"}
+    assert columns["answer"] == [str(4 * tiny.PROMPTS.index(prompt)) for prompt in prompts]
+    assert all(isinstance(end, bool) for end in columns["finished"]) and len(columns["finished"]) == 12
+    assert rows[0]["reward"] == 0.25 and rows[0]["reward_std"] == 0 and rows[0]["equal_groups"] == 1
+
+
+@LOOPS
+@pytest.mark.parametrize("wrong", [[1.0], [float("nan")] * 12, 1.0, [None] * 12, [[1.0]] * 12, ["one"] * 12],
+                         ids=["too few", "NaN", "a number", "None", "nested", "text"])
+def test_rewards_that_are_no_numbers_are_the_users_mistake(loop, wrong, tmp_path):
+    with pytest.raises(UserError, match="reward function"):
+        loop.train(settings(loop, tmp_path, steps=1), reward=lambda prompts, completions, **columns: wrong)
+
+
+@LOOPS
+def test_advantage_is_used(loop, tmp_path):
+    # Advantages of zero and no KL: the gradient is exactly zero, and the policy stays as it is.
+    def nothing(rewards, *rest):
+        return torch.zeros_like(rewards) if loop is grpo else (torch.zeros_like(rewards), rewards)
+    config = settings(loop, tmp_path, beta=0.0)
+    policy, _ = loop.train(config, reward=letter_e, advantage=nothing)
+    assert tiny.same(state(policy), state(load_model(config.sft, "GPT")))
+
+
+def test_advantage_gets_the_flag_that_scales(tmp_path):
+    flags = []
+
+    def advantage(rewards, group_size, scale):
+        flags.append((group_size, scale))
+        return rewards
+    grpo.train(settings(grpo, tmp_path, steps=1, scale_advantages=True), reward=letter_e, advantage=advantage)
+    grpo.train(settings(grpo, tmp_path, steps=1), reward=letter_e, advantage=advantage)
+    assert flags == [(3, True), (3, False)]
+
+
+def test_ppo_whitens_where_told(tmp_path):
+    seen = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        seen.append(advantages[mask])
+        return ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+    for scale in False, True:
+        ppo.train(settings(ppo, tmp_path, steps=1, scale_advantages=scale), reward=letter_e, loss=loss)
+    assert seen[0].std() < 0.5 and seen[1].mean().abs() < 1e-5 and seen[1].std() == pytest.approx(1, abs=0.01)
+
+
+@LOOPS
+def test_loss_is_used(loop, tmp_path):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        assert clip_eps == 0.3
+        return logprobs.sum() * 0 + 7
+    config = settings(loop, tmp_path, beta=0.0, clip_eps=0.3)
+    policy, rows = loop.train(config, reward=letter_e, loss=loss)
+    assert [row["loss"] for row in rows] == [7, 7, 7] and tiny.same(state(policy), state(load_model(config.sft, "GPT")))
+
+
+@LOOPS
+def test_model_is_used_and_needs_no_file(loop, tmp_path):
+    model = tiny.gpt(seed=5)
+    before = state(model)
+    config = settings(loop, tmp_path, run=str(tmp_path / "run"))
+    (tmp_path / "sft.pt").unlink()
+    policy, _ = loop.train(config, reward=letter_e, model=model)
+    assert policy is model and not tiny.same(state(policy), before)
+    assert tiny.same(state(load_model(tmp_path / "run/checkpoint.pt", "GPT")), state(policy))
+
+
+@LOOPS
+def test_evaluate_joins_the_row_of_each_step(loop, tmp_path):
+    policies = []
+
+    def evaluate(policy, step):
+        policies.append(policy)
+        return dict(held_out=10.0 * step)
+    policy, rows = loop.train(settings(loop, tmp_path, run=str(tmp_path / "run")), reward=letter_e, evaluate=evaluate)
+    assert [row["held_out"] for row in rows] == [0, 10, 20] and all(seen is policy for seen in policies)
+    assert [row["held_out"] for row in read_csv(tmp_path / "run/metrics.csv")] == [0, 10, 20]
+
+
+@LOOPS
+def test_evaluate_may_measure_only_now_and_then(loop, tmp_path):
+    def evaluate(policy, step):
+        return dict(held_out=0.5) if step % 2 else {}
+    loop.train(settings(loop, tmp_path, run=str(tmp_path / "run"), steps=4), reward=letter_e, evaluate=evaluate)
+    rows = read_csv(tmp_path / "run/metrics.csv")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(None not in row for row in rows)
+    assert [row.get("held_out", "") for row in rows] == ["", 0.5, "", 0.5]
+    assert [row["completions"] for row in rows] == [12, 24, 36, 48], "columns have slipped"
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------
+
+@LOOPS
+def test_run_folder(loop, tmp_path):
+    config = settings(loop, tmp_path, run=str(tmp_path / "run"))
+    policy, rows = loop.train(config, reward=letter_e)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        "config.json", "metrics.csv", "samples.jsonl", "checkpoint.pt", "curves.png"}
+    assert tiny.same(read_csv(tmp_path / "run/metrics.csv"), rows)
+    assert tiny.same(state(load_model(tmp_path / "run/checkpoint.pt", "GPT")), state(policy))
+    for name in "reward reward_std equal_groups truncated kl entropy clip_low clip_high grad_norm length".split():
+        assert isinstance(rows[0][name], float), name
+    assert all(f"seconds_{phase}" in rows[0] for phase in ("sample", "score", "update")) and rows[0]["memory_mb"] > 0
+    assert ("explained_variance" in rows[0]) == ("seconds_critic" in rows[0]) == (loop is ppo)
+
+
+@LOOPS
+def test_rows_of_prompts_may_have_different_fields(loop, tmp_path):
+    rows = [dict(prompt=text, answer="1", **(dict(note="x") if i % 2 else {})) for i, text in enumerate(tiny.PROMPTS)]
+    config = settings(loop, tmp_path, prompts=tiny.jsonl(tmp_path / "mixed.jsonl", rows))
+    assert len(loop.train(config)[1]) == 3
+
+
+# --- stopping and going on ----------------------------------------------------------------------------------------
+
+def stop_at(step, stop, reward=letter_e):
+    """A reward function that calls stop() in that step, counted from 0."""
+    calls = []
+
+    def stopping(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == step + 1:
+            stop()
+        return reward(prompts, completions, **columns)
+    return stopping
+
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def crash():
+    raise RuntimeError("the power went out")
+
+
+def assert_same_run(a, b):
+    """Checkpoints, samples and metrics of two run folders are equal to the bit, but for the clock."""
+    assert tiny.same(load_checkpoint(a / "checkpoint.pt"), load_checkpoint(b / "checkpoint.pt"))
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    rows = [tiny.without_clock(read_csv(folder / "metrics.csv")) for folder in (a, b)]
+    assert tiny.same(*rows) and [row["step"] for row in rows[0]] == list(range(len(rows[0])))
+
+
+@LOOPS
+@pytest.mark.parametrize("stop, error", [(interrupt, UserError), (crash, RuntimeError)], ids=["Ctrl-C", "crash"])
+def test_resumed_run_is_the_uninterrupted_one(loop, stop, error, tmp_path, monkeypatch):
+    # The prompts hold a character at which Python, but not JSON Lines, would break a line.
+    rows = [dict(prompt=f"{text}\u2028\x85 ok", answer="1") for text in tiny.PROMPTS]
+    path = tiny.jsonl(tmp_path / "odd.jsonl", rows)
+    whole, parts = (settings(loop, tmp_path, run=str(tmp_path / name), steps=6, prompts=path, epochs=2) for name in ("a", "b"))
+    policy, rows = loop.train(whole, reward=letter_e)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0)                  # a checkpoint after every step but the last two
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(error) as stopped:
+        loop.train(parts, reward=stop_at(2 if stop is interrupt else 4, stop))
+    assert signal.getsignal(signal.SIGINT) is handler, "Ctrl-C means what it meant before"
+    assert stop is crash or stopped.value.exit_code == 130
+    assert 0 < load_checkpoint(tmp_path / "b/checkpoint.pt")["step"] <= 3
+    resumed, resumed_rows = loop.train(dataclasses.replace(parts, resume=True), reward=letter_e)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert tiny.same(state(policy), state(resumed)) and tiny.same(*map(tiny.without_clock, (rows, resumed_rows)))
+
+
+@LOOPS
+def test_resuming_a_finished_run_changes_nothing(loop, tmp_path):
+    config = settings(loop, tmp_path, run=str(tmp_path / "run"))
+    _, rows = loop.train(config, reward=letter_e)
+    before = [(tmp_path / "run" / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv", "samples.jsonl")]
+    policy, again = loop.train(dataclasses.replace(config, resume=True), reward=crash)
+    assert before == [(tmp_path / "run" / name).read_bytes() for name in ("checkpoint.pt", "metrics.csv", "samples.jsonl")]
+    assert tiny.same(rows, again) and tiny.same(state(policy), state(load_model(tmp_path / "run/checkpoint.pt", "GPT")))
+
+
+STAGES = {
+    "pretrain": (pretrain, lambda folder, **more: pretrain.PretrainConfig(
+        text=tiny.text_file(folder / "text.txt"), layers=1, heads=2, width=16, context=16, warmup=2, **more)),
+    "sft": (sft, lambda folder, **more: sft.SFTConfig(
+        base=tiny.checkpoint(folder / "base.pt"), demonstrations=tiny.demonstrations(folder / "sft.jsonl"), batch_size=4,
+        warmup=2, **more)),
+    "reward_model": (reward_model, lambda folder, **more: reward_model.RewardModelConfig(
+        sft=tiny.checkpoint(folder / "sft.pt"), preferences=tiny.preferences(folder / "pairs.jsonl"), batch_size=4,
+        warmup=2, **more)),
+}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_resumed_supervised_stage_is_the_uninterrupted_one(name, tmp_path, monkeypatch):
+    stage, config = STAGES[name]
+    whole, parts = (config(tmp_path, run=str(tmp_path / folder), steps=6, device="cpu") for folder in ("a", "b"))
+    model, rows = stage.train(whole)
+    assert len(rows) == 6 and rows[-1]["loss"] < rows[0]["loss"]
+    update, calls = runs.update, []
+
+    def interrupted_update(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            interrupt()
+        return update(*arguments)
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "update", interrupted_update)
+        with pytest.raises(UserError) as stopped:
+            stage.train(parts)
+    assert stopped.value.exit_code == 130 and load_checkpoint(tmp_path / "b/checkpoint.pt")["step"] == 3
+    resumed, _ = stage.train(dataclasses.replace(parts, resume=True))
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert tiny.same(state(model), state(resumed))

@@ -1,0 +1,291 @@
+"""Rewards read what was said and nothing else, and the figures of the evaluation are those of their definitions.
+
+A right number must be the whole answer, whatever surrounds it; the learned reward must see END; pass@k is compared
+with counting all subsets.
+"""
+import itertools
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_min import evaluate as evaluation
+from grpo_min.config import UserError
+from grpo_min.evaluate import evaluate, held_out, pass_at_k, show
+from grpo_min.metrics import interval
+from grpo_min.model import ScalarGPT
+from grpo_min.rewards import correct, final_answer, learned, score, weighted_sum, well_formed
+from grpo_min.rollout import Prompts, Rollout, pad_completions
+from grpo_min.tokenizer import END, encode_completion, encode_prompt
+
+THOUGHT = "<think> 3 times 9 is 27, 27 plus 1 is 28</think>"
+
+
+# --- rule-based ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("completion, right, formed", [
+    (" 28", 1, 0),
+    ("28", 1, 0),
+    (THOUGHT + " 28", 1, 1),
+    (THOUGHT + "28", 1, 1),
+    ("<think> 1 plus 1 is 99</think> 28", 1, 1),                # only the answer counts, not the thoughts
+    ("<think>\nfirst,\nthen.</think> 28", 1, 1),
+    (THOUGHT + " 27", 0, 1),                                    # right in the thoughts, wrong in the answer
+    (THOUGHT + " 128", 0, 1),
+    (THOUGHT + " 28.", 0, 1),
+    (THOUGHT, 0, 0),                                            # no answer at all
+    (THOUGHT + "  ", 0, 0),
+    ("28.", 0, 0), ("28.0", 0, 0), ("128", 0, 0), (" 128", 0, 0), (" 281", 0, 0), ("028", 0, 0), ("2 8", 0, 0),
+    ("+28", 0, 0), ("-28", 0, 0), ("--28", 0, 0), ("2_8", 0, 0), ("0x1c", 0, 0), ("2.8e1", 0, 0), ("20+8", 0, 0),
+    ("7*4", 0, 0), ("int(28)", 0, 0), ("[28]", 0, 0), ("28 28", 0, 0), ("28, 28", 0, 0), ("27 28", 0, 0),
+    ("the answer is 28", 0, 0), ("２８", 0, 0), ("٢٨", 0, 0), ("28²", 0, 0), ("twenty-eight", 0, 0), ("2\n8", 0, 0),
+    ("", 0, 0), (" ", 0, 0), ("\n", 0, 0), ("nan", 0, 0), ("28\x00", 0, 0), ("28<|pad|>", 0, 0), ("28<|end|>", 0, 0),
+    ("<think></think> 28", 0, 0),                               # thinking of nothing
+    ("<think> 28", 0, 0), ("<think>", 0, 0), ("</think> 28", 0, 0), (" 28</think>", 0, 0),      # half a pair
+    ("28<think> 3 plus 4</think>", 0, 0), ("28 " + THOUGHT, 0, 0),                              # the wrong way round
+    (THOUGHT + THOUGHT + " 28", 0, 0), (THOUGHT + " 28" + THOUGHT, 0, 0), (THOUGHT + " 28 " + THOUGHT + " 28", 0, 0),
+    ("<think> a <think> b</think> c</think> 28", 0, 0), ("<think><think> b</think> 28", 0, 0),  # nested
+    ("<think> a</think></think> 28", 0, 0), (THOUGHT + " 28</think>", 0, 0), (THOUGHT + " <think>28", 0, 0),
+    ("<THINK> 3</THINK> 28", 0, 0), ("< think> 3</think> 28", 0, 0),
+])
+def test_truth_table(completion, right, formed):
+    assert correct(["?"], [completion], answer=["28"], finished=[True]) == [right]
+    assert well_formed(["?"], [completion], finished=[True]) == [formed]
+    assert correct(["?"], [completion], answer=["28"], finished=[False]) == [0]      # cut: there is no answer yet
+    assert well_formed(["?"], [completion], finished=[False]) == [0]
+    assert correct(["?"], [completion], answer=["28"]) == [right]                    # finished unless told otherwise
+
+
+def test_other_answers():
+    completions, answers = ["0", "00", "-3", "3", "7", "7"], ["0", "0", "-3", "-3", "7", "8"]
+    assert correct([""] * 6, completions, answer=answers) == [1, 0, 1, 0, 1, 0]
+    assert all(type(reward) is float for reward in correct([""] * 6, completions, answer=answers))
+
+
+def test_final_answer():
+    assert final_answer(" 28 ") == "28"
+    assert final_answer(THOUGHT + " 27") == "27"
+    assert final_answer(THOUGHT) == ""
+    assert final_answer("<think> 28") is None
+
+
+@pytest.mark.parametrize("hostile", ["9" * 10**6, "-" + "9" * 10**6, "<think>" * 150_000, "<think>" + "9" * 10**6,
+                                     "<think>a</think>" * 60_000, "<think>" + "a" * 10**6 + "</think> " + "9" * 10**6,
+                                     " " * 10**6, "<" * 10**6])
+def test_megabytes_are_wrong_and_quick(hostile):
+    start = time.perf_counter()
+    assert correct([""], [hostile], answer=["28"]) == [0]
+    well_formed([""], [hostile])
+    assert time.perf_counter() - start < 2
+
+
+def test_weighted_sum():
+    both = weighted_sum((correct, 1.0), (well_formed, 0.2))
+    completions = [" 28", THOUGHT + " 28", THOUGHT + " 27", " 27", THOUGHT + " 28"]
+    rewards = both([""] * 5, completions, answer=["28"] * 5, finished=[True] * 4 + [False], operations=[2] * 5)
+    assert rewards == pytest.approx([1.0, 1.2, 0.2, 0.0, 0.0])
+    assert weighted_sum((correct, -2.0))([""], ["28"], answer=["28"]) == [-2.0]
+
+
+# --- learned ------------------------------------------------------------------------------------------------------
+
+ASKED = ["what does a cow eat?", "a", "please tell me, where does a bear live?", "what is a bee?"]
+SAID = [" grass.", " a bear lives in forests. happy to help!", "", " a bee is an insect. who cares."]
+
+
+@pytest.fixture
+def reward_model(make):
+    return make(ScalarGPT, context=64)
+
+
+def by_hand(model, prompt, completion, finished):
+    """The scalar at the last token of prompt and completion, run as one sequence."""
+    ids = torch.tensor([encode_prompt(prompt) + encode_completion(completion, finished)])
+    states, _ = model.trunk.run(ids, torch.arange(ids.shape[1]))
+    return model.scalar(states[0, -1]).item()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 256])
+def test_learned_reward_reads_the_text_and_end(reward_model, batch_size):
+    finished = [True, True, True, False]
+    scores = learned(reward_model, batch_size)(ASKED, SAID, finished=finished, animal=["cow"] * 4)
+    assert scores == pytest.approx([by_hand(reward_model, *row) for row in zip(ASKED, SAID, finished)], abs=1e-4)
+    assert all(type(score) is float for score in scores)
+
+
+def test_learned_reward_depends_on_finished(reward_model):
+    reward = learned(reward_model)
+    ended, cut = reward(ASKED, SAID), reward(ASKED, SAID, finished=[True, False, True, False])
+    assert ended == reward(ASKED, SAID, finished=[True] * 4)
+    assert [abs(a - b) > 1e-3 for a, b in zip(ended, cut)] == [False, True, False, True]
+
+
+def test_learned_reward_alone_as_in_a_batch(reward_model):
+    reward = learned(reward_model)
+    alone = [reward([prompt], [completion])[0] for prompt, completion in zip(ASKED, SAID)]
+    assert reward(ASKED, SAID) == pytest.approx(alone, abs=1e-4)
+
+
+def test_learned_reward_cuts_each_text_by_itself(reward_model):
+    """A completion that is too long is cut where the context ends: how long other prompts are is none of its business."""
+    reward, long = learned(reward_model), " a cow eats grass." * 20
+    alone = reward([ASKED[1]], [long])[0]
+    ids = (encode_prompt(ASKED[1]) + encode_completion(long))[:64]
+    states, _ = reward_model.trunk.run(torch.tensor([ids]), torch.arange(64))
+    assert alone == pytest.approx(reward_model.scalar(states[0, -1]).item(), abs=1e-4)
+    assert reward([ASKED[1], ASKED[2]], [long, SAID[2]])[0] == pytest.approx(alone, abs=1e-4)
+
+
+def test_learned_reward_of_a_prompt_that_fills_the_context(reward_model):
+    scores = learned(reward_model)(["what does a cow eat? " * 30, "a"], [" grass.", " grass."])
+    assert len(scores) == 2 and all(map(math.isfinite, scores))
+
+
+def test_learned_reward_of_nothing_said(reward_model):
+    assert learned(reward_model)(["a"], [""], finished=[False]) == [
+        pytest.approx(by_hand(reward_model, "a", "", False), abs=1e-4)]
+
+
+# --- calling a reward ---------------------------------------------------------------------------------------------
+
+BATCH = [dict(prompt="p", answer="1", operations=2), dict(prompt="q", answer="2", operations=3)]
+
+
+@pytest.fixture
+def rollout():
+    """Two prompts, three completions each."""
+    finished = [True, True, True, False, True, True]
+    ids, mask = pad_completions([" 1", " 2", "", " 4", " 5 and more", " 6"], finished=finished)
+    return Rollout(ids, mask, torch.zeros(ids.shape), torch.tensor(finished))
+
+
+def test_columns_are_repeated_for_each_group(rollout):
+    calls = []
+
+    def reward(prompts, completions, **columns):
+        calls.append((prompts, completions, columns))
+        return [0.5 * i for i in range(len(completions))]
+    rewards, texts = score(reward, BATCH, rollout, 3)
+    assert rewards.dtype == torch.float32 and rewards.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
+    assert texts == [" 1", " 2", "", " 4", " 5 and more", " 6"]
+    assert calls == [(list("pppqqq"), texts, dict(answer=list("111222"), operations=[2, 2, 2, 3, 3, 3],
+                                                  finished=[True, True, True, False, True, True]))]
+
+
+def test_score_with_the_real_rewards(rollout):
+    assert score(correct, BATCH, rollout, 3)[0].tolist() == [1, 0, 0, 0, 0, 0]
+    twos = [dict(prompt="p", answer="2"), dict(prompt="q", answer="4")]
+    assert score(correct, twos, rollout, 3)[0].tolist() == [0, 1, 0, 0, 0, 0]         # " 4" was cut
+
+
+@pytest.mark.parametrize("bad", [[1.0] * 5, [1.0] * 7, [], [0.0] * 5 + [math.nan], [math.inf] + [0.0] * 5,
+                                 [[1.0]] * 6, [None] * 6, ["right"] * 6, 1.0, None], ids=repr)
+def test_a_wrong_reward_is_the_users_error(rollout, bad):
+    with pytest.raises(UserError, match="6 finite numbers"):
+        score(lambda prompts, completions, **columns: bad, BATCH, rollout, 3)
+
+
+def test_ints_numpy_and_tensors_are_numbers(rollout):
+    for good in [1, 0, 1, 0, 1, 0], np.array([1.0, 0, 1, 0, 1, 0]), torch.tensor([1.0, 0, 1, 0, 1, 0]), [True, False] * 3:
+        assert score(lambda *_, **columns: good, BATCH, rollout, 3)[0].tolist() == [1, 0, 1, 0, 1, 0]
+
+
+# --- evaluation ---------------------------------------------------------------------------------------------------
+
+def test_pass_at_k_counts_subsets():
+    for n in range(1, 7):
+        for right, k in itertools.product(range(n + 1), range(1, n + 1)):
+            subsets = list(itertools.combinations([True] * right + [False] * (n - right), k))
+            assert pass_at_k(n, right, k) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+
+
+def test_interval():
+    rng = np.random.default_rng(0)
+    values = rng.random(3200) < 0.3
+    widths = []
+    for n in 50, 200, 800, 3200:
+        mean, low, high = interval(values[:n])
+        assert low < mean < high and mean == pytest.approx(values[:n].mean())
+        assert high - low == pytest.approx(2 * 1.96 * values[:n].std() / n ** 0.5, rel=0.15)     # the central limit
+        widths.append(high - low)
+    assert widths == sorted(widths, reverse=True)
+    assert interval([0.25] * 9) == [0.25, 0.25, 0.25]
+    assert interval(values[:50]) == interval(values[:50])
+
+
+def test_intervals_cover_the_truth():
+    """95% intervals hold the true mean in about 95 of 100 repetitions."""
+    rng = np.random.default_rng(1)
+    covered = [low <= 0.3 <= high for _, low, high in (interval(rng.random(100) < 0.3, 200) for _ in range(200))]
+    assert 0.89 < np.mean(covered) < 0.99
+
+
+@pytest.mark.parametrize("domain, names", [
+    ("arithmetic", ["accuracy", "accuracy_greedy", "pass@2", "pass@4", "thinking", "length", "truncated"]),
+    ("animals", ["gold", "gold_greedy", "correct", "share_of_maximum", "win_rate", "length", "truncated"]),
+])
+def test_evaluate_a_tiny_policy(make, domain, names):
+    policy, opponent, rows = make(context=128), make(context=128, seed=1), held_out(domain, "val", 5)
+    figures = evaluate(policy, domain, rows, opponent)
+    assert list(figures) == names
+    assert all(low <= mean <= high for mean, low, high in figures.values())
+    assert figures == evaluate(policy, domain, rows, opponent)
+    assert all(name in show(figures) for name in names)
+    if domain == "animals":
+        assert "win_rate" not in evaluate(policy, domain, rows)
+
+
+def script(monkeypatch, **texts):
+    """Let the policies "a" and "b" answer from a script: texts per policy, in the order of the rows."""
+    def answers(policy, prompts, samples, temperature, *_, **__):
+        said = texts[policy][::1 if temperature else 4]                          # greedy: the first of the 4 samples
+        assert len(said) == len(prompts) * samples
+        return said, [not text.endswith("..") for text in said], [len(text) for text in said]
+    monkeypatch.setattr(evaluation, "answers", answers)
+
+
+def test_arithmetic_figures_by_hand(monkeypatch):
+    script(monkeypatch, a=["1", "1", "2", "<think> x</think> 1", "2", "1", "1..", "2.."])
+    rows = [dict(prompt="p", answer="1"), dict(prompt="q", answer="2")]
+    figures = {name: mean for name, (mean, _, _) in evaluate("a", "arithmetic", rows).items()}
+    # of the 4 answers of each row, 3 and 1 are right: of the 6 pairs of answers, 6 and 3 hold a right one
+    assert figures == pytest.approx({"accuracy": 0.5, "accuracy_greedy": 1, "pass@2": 0.75, "pass@4": 1, "thinking": 1 / 8,
+                                     "length": (1 + 1 + 1 + 19 + 1 + 1 + 3 + 3) / 8, "truncated": 2 / 8})
+
+
+def test_animal_figures_by_hand(monkeypatch):
+    good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 4, 1 and 5.5
+    script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good], b=[good, good, good, good, bad, good, bad, bad])
+    rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="goose", attribute="food")]
+    figures = {name: mean for name, (mean, _, _) in evaluate("a", "animals", rows, "b").items()}
+    assert figures["gold"] == pytest.approx((4 + 1 + 5.5 + 5.5 + 1 + 1 + 4 + 4) / 8)
+    assert figures["gold_greedy"] == pytest.approx((4 + 1) / 2)
+    assert figures["correct"] == pytest.approx(5 / 8)
+    assert figures["share_of_maximum"] == pytest.approx(figures["gold"] / 5.5)
+    assert figures["win_rate"] == pytest.approx((0.5 + 0 + 1 + 1 + 0.5 + 0 + 1 + 1) / 8)
+
+
+def test_answers_follow_their_prompts(make):
+    """Row by row, `samples` each, whatever the batch; greedy answers are those of each prompt alone."""
+    policy, prompts = make(context=64), ["a cow", "start with 3", "b", "what is a bee?", "c"]
+    texts, finished, lengths = evaluation.answers(policy, prompts, 2, 0, 8, batch=2)
+    assert len(texts) == len(finished) == len(lengths) == 10
+    assert texts[::2] == texts[1::2] == [evaluation.answers(policy, [prompt], 1, 0, 8)[0][0] for prompt in prompts]
+
+
+@pytest.mark.parametrize("count, expected", [(1, 1), (7, 7), (1000, 1000), (5000, 1000)])
+def test_held_out_rows_are_spread_and_distinct(count, expected):
+    rows = held_out("arithmetic", "val", count)
+    prompts = [row["prompt"] for row in held_out("arithmetic", "val", 1000)]
+    chosen = [prompts.index(row["prompt"]) for row in rows]
+    assert len(set(chosen)) == len(rows) == expected
+    assert chosen == sorted(chosen) and max(chosen) >= 1000 * (1 - 1 / expected) - 1
+
+
+def test_end_is_the_last_token_read():
+    """What `finished` means to the learned reward."""
+    ids, mask = pad_completions([" grass.", " grass."], finished=[True, False])
+    assert ids[0, mask[0]].tolist() == ids[1, mask[1]].tolist() + [END]
+    assert Prompts.from_texts(["a"]).ids[0].tolist() == encode_prompt("a")

@@ -1,0 +1,78 @@
+"""What the tests of loops and commands run on: a GPT of some 15,000 weights, and data files of a few lines.
+
+Nothing here is trained and nothing is read from data/checkpoints, so every test takes well under a second of training.
+"""
+import json
+import math
+
+import torch
+
+from grpo_min.model import GPT, GPTConfig, ScalarGPT
+from grpo_min.runs import save_file, serialise, weights
+
+CONFIG = dict(context=64, layers=1, heads=2, width=16)
+PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]          # of 11 to 13 tokens, so that batches are padded
+WALL_CLOCK = ("seconds_", "memory_mb")                                  # columns of metrics.csv that no seed decides
+
+
+def gpt(kind=GPT, seed=0, **changes):
+    """A GPT (or ScalarGPT) with random weights."""
+    torch.manual_seed(seed)
+    return kind(GPTConfig(**dict(CONFIG, **changes)))
+
+
+def checkpoint(path, kind=GPT, seed=0, **changes):
+    """Write such a model as a checkpoint file -> its path as a string."""
+    save_file(path, serialise(step=0, **weights(gpt(kind, seed, **changes))))
+    return str(path)
+
+
+def reward_checkpoint(path):
+    """A reward model whose scores differ from text to text: its scalar head, which starts at zero, is random."""
+    model = gpt(ScalarGPT, seed=1)
+    torch.nn.init.normal_(model.scalar.weight)
+    save_file(path, serialise(step=0, **weights(model)))
+    return str(path)
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def prompts(path, count=12):
+    """Prompts with answers, for GRPO and PPO."""
+    return jsonl(path, [dict(prompt=text, answer=str(4 * i)) for i, text in enumerate(PROMPTS[:count])])
+
+
+def demonstrations(path, count=12):
+    return jsonl(path, [dict(prompt=text, response=f"<think>{i} and {i}</think>{4 * i}")
+                        for i, text in enumerate(PROMPTS[:count])])
+
+
+def preferences(path, count=12):
+    """Pairs, for the reward model."""
+    return jsonl(path, [dict(prompt=f"what do {animal}s eat?", chosen="grass.", rejected="meat. go away.", animal=animal,
+                             attribute="food") for animal in (["cow", "horse", "sheep"] * count)[:count]])
+
+
+def text_file(path, lines=60):
+    """A text to pretrain on."""
+    path.write_text("".join(f"a cow eats grass and {i} plus {i} is {2 * i}.\n" for i in range(lines)))
+    return str(path)
+
+
+def without_clock(rows):
+    """Rows of metrics without what the wall clock decides."""
+    return [{name: value for name, value in row.items() if not name.startswith(WALL_CLOCK)} for row in rows]
+
+
+def same(a, b):
+    """True if two nested dicts, lists and tensors are equal bit for bit (a NaN equals a NaN)."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
