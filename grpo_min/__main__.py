@@ -3,16 +3,21 @@
 Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. A stage whose
 result with the same settings is in the folder already is not run again; an unfinished one is continued.
 """
+import os
 import time
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+
+import torch
 
 from grpo_min import compare, pretrain, reward_model, sft
 from grpo_min.compare import train_or_reuse
 from grpo_min.config import option, parse, pick_device, run_command
+from grpo_min.metrics import peak_memory_mb
 from grpo_min.rewards import learned
 from grpo_min.runs import load_model, save_file
-from grpo_min.sample import ask
+from grpo_min.sample import ask, show_answers
 
 QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
              "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
@@ -33,17 +38,9 @@ def title(text):
     print(f"\n=== {text} ".ljust(100, "="), flush=True)
 
 
-def show_answers(policy, questions, reward=None):
-    """Two sample answers, with the reward model's scores where there is one."""
-    for question in questions:
-        text = ask(policy, question, answers=1)[0]
-        score = f"    (score {reward([question], [text])[0]:.2f})" if reward else ""
-        print(f"  {question}\n      -> {text.strip()}{score}")
-
-
 def page(models):
     """Real answers of several models to the same questions, as Markdown: {name: policy} -> text."""
-    lines = ["# Before and after", "", "Two answers of each model, sampled at temperature 1.", ""]
+    lines = ["Two answers of each model, sampled at temperature 1.", ""]
     for question in QUESTIONS:
         lines += [f"**{question}**", ""]
         for name, policy in models.items():
@@ -52,34 +49,50 @@ def page(models):
     return "\n".join(lines)
 
 
+def pipeline_table(seconds, device):
+    """Seconds of each stage, peak memory and the machine, as Markdown."""
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {value:.0f} |" for name, value in seconds.items()),
+             f"| **all** | **{sum(seconds.values()):.0f}** ({sum(seconds.values()) / 60:.1f} minutes) |", "",
+             f"Peak memory {peak_memory_mb(device):.0f} MB; {machine}, torch {torch.__version__}, {date.today()}.", ""]
+    return "\n".join(lines)
+
+
 def main(argv=None):
     config = parse(MainConfig, argv)
-    device, folder, started = pick_device(config.device), Path(config.run), time.perf_counter()
+    device, folder = pick_device(config.device), Path(config.run)
     changes = QUICK if config.quick else {name: {} for name in QUICK}
+    base_file, sft_file, reward_file = (str(folder / stage / "checkpoint.pt")
+                                        for stage in ("pretrain", "sft", "reward_model"))
+    from_nothing, seconds, started = not folder.exists(), {}, time.perf_counter()
 
     def settings(config_class, stage, **more):
         return config_class(run=str(folder / stage), device=config.device, **more, **changes[stage])
 
+    def stage_done(name):
+        seconds[name] = time.perf_counter() - started - sum(seconds.values())
+
     title("1. pretraining: the base model")
     base, _ = train_or_reuse(pretrain.train, settings(pretrain.PretrainConfig, "pretrain", seed=config.seed))
-    base_file, sft_file, reward_file = (str(folder / stage / "checkpoint.pt")
-                                        for stage in ("pretrain", "sft", "reward_model"))
     show_answers(base, QUESTIONS[1:3])
+    stage_done("pretraining")
 
     title("2. supervised fine-tuning: the SFT model")
     sft_model, _ = train_or_reuse(sft.train, settings(sft.SFTConfig, "sft", base=base_file, seed=config.seed))
     show_answers(sft_model, QUESTIONS[1:3])
+    stage_done("supervised fine-tuning")
 
     title("3. the reward model, from preferences")
     model, _ = train_or_reuse(reward_model.train, settings(reward_model.RewardModelConfig, "reward_model",
                                                            sft=sft_file, seed=config.seed))
     reward_model.report(model, reward_model.RewardModelConfig().heldout, folder / "reward_model")
     show_answers(sft_model, QUESTIONS[2:], learned(model))
+    stage_done("reward model")
 
     title("4. GRPO and PPO, on both rewards")
-    comparison = settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file, seeds=1,
-                          algorithms="GRPO,PPO")
-    records = compare.compare(comparison)
+    records = compare.compare(settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file, seeds=1,
+                                       algorithms="GRPO,PPO"))
+    stage_done("GRPO and PPO on both rewards, with their evaluation")
 
     title("before and after")
     models = {"base": base, "SFT": sft_model}
@@ -92,9 +105,12 @@ def main(argv=None):
     print(text)
     title("GRPO and PPO on equal terms")
     print(compare.tables(records))
+    text = pipeline_table(seconds, device)
+    if from_nothing:
+        save_file(folder / "pipeline.md", text.encode())
+    print(text)
     print(f"pages:   {folder / 'before_after.md'}, {folder / 'compare/comparison.md'}")
     print(f"figures: {', '.join(str(path) for path in sorted((folder / 'compare').glob('comparison-*.png')))}")
-    print(f"this took {(time.perf_counter() - started) / 60:.1f} minutes")
 
 
 if __name__ == "__main__":

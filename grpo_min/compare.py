@@ -5,7 +5,8 @@ completions with the same random numbers; KL penalty, clipping and aggregation a
 with one completion for each of 256 prompts, its natural setting. Every run is evaluated on held-out prompts. What was
 run before with the same settings is used again.
 
-Written into the folder: comparison.json (every figure), comparison.md (the tables), comparison-REWARD.png.
+Written into the folder: comparison.json (every figure), comparison.csv (the curves), comparison.md (the
+tables), comparison-REWARD.png.
 """
 import dataclasses
 import json
@@ -19,7 +20,8 @@ from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.plots import plot_comparison
-from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file
+from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file, write_csv
+from grpo_min.sample import show_answers
 
 ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "GRPO": (grpo.train, grpo.GRPOConfig, {}),
@@ -27,6 +29,8 @@ ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
 }
 SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
+CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
+          "seconds_sample", "seconds_score", "seconds_critic", "seconds_update"]       # kept in comparison.csv
 PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
     "correct": {}, "learned": {},
 }
@@ -61,6 +65,8 @@ def evaluate_or_reuse(path, config, policy, opponent, reward):
         kept = json.loads(path.read_text())
         if kept["settings"] == settings:
             return kept["figures"]
+    print(f"evaluating on {config.eval_prompts} held-out prompts of {', '.join(f'{d} ({s})' for d, s in SETS[reward])} ...",
+          flush=True)
     figures = {f"{domain}_{split}": evaluate(policy, domain, held_out(domain, split, config.eval_prompts), opponent)
                for domain, split in SETS[reward]}
     save_file(path, json.dumps(dict(settings=settings, figures=figures), indent=1).encode())
@@ -87,7 +93,11 @@ def compare(config):
                 if reward == "learned":
                     gold, gold_before = (f["animals_test"]["gold"][0] for f in (records[-1]["figures"], before))
                     records[-1]["figures"]["animals_test"]["progress"] = [(gold - gold_before) / (MAXIMUM - gold_before)]
-    save_file(folder / "comparison.json", json.dumps(records, indent=1).encode())
+    kept = [{name: value for name, value in record.items() if name != "rows"} for record in records]
+    save_file(folder / "comparison.json", json.dumps(kept, indent=1).encode())
+    write_csv(folder / "comparison.csv", [dict(algorithm=r["algorithm"], rewarded=r["reward"], seed=r["seed"],
+                                               **{name: row.get(name, "") for name in CURVES})
+                                          for r in records if "run" in r for row in r["rows"]])
     save_file(folder / "comparison.md", tables(records).encode())
     for reward in rewards:
         plot_comparison([record for record in records if record["reward"] == reward and "run" in record],
@@ -106,6 +116,7 @@ def one_run(config, folder, name, reward, seed, sft):
     print(f"\n{name}, reward {reward}, seed {seed}")
     settings = config_class(**settings)
     policy, rows = train_or_reuse(train, settings)
+    show_answers(policy, [row["prompt"] for row in held_out(*SETS[reward][0], 2)])
     figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
     seconds = {phase: float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
                for phase in ("sample", "score", "critic", "update")}

@@ -76,6 +76,19 @@ def stacked(axis, names, parts, labels, ylabel):
     axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper left")
 
 
+def plot_calibration(calibration, path):
+    """The reward model's calibration: rows of [predicted probability, share that went so, pairs]."""
+    figure, axis = plt.subplots(figsize=(4, 4))
+    axis.plot([0.5, 1], [0.5, 1], color="grey", lw=1, label="perfect")
+    axis.plot(*zip(*[(predicted, seen) for predicted, seen, _ in calibration]), marker="o", label="reward model")
+    for predicted, seen, count in calibration:
+        axis.annotate(f"{count} pairs", (predicted, seen), xytext=(5, -12), textcoords="offset points", fontsize=8)
+    axis.set(xlabel="predicted probability of the likelier choice", ylabel="share of pairs that went so",
+             xlim=(0.5, 1.05), ylim=(0.45, 1.05))
+    axis.legend(frameon=False)
+    finish(figure, path)
+
+
 def finish(figure, path):
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)

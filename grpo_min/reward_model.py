@@ -18,6 +18,7 @@ from grpo_min.config import option, parse, pick_device, run_command
 from grpo_min.gold import gold_score
 from grpo_min.metrics import interval
 from grpo_min.model import ScalarGPT
+from grpo_min.plots import plot_calibration
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, pad_completions
 from grpo_min.runs import DATA, batch_rows, columns, fit, load_model, read_jsonl, save_file
@@ -88,16 +89,19 @@ def judge(model, pairs):
 
 
 def report(model, heldout, folder):
-    """Judge a reward model on a file of held-out pairs, print the result and write it to evaluation.json."""
+    """Judge a reward model on a file of held-out pairs; print the tables and write them, and a figure, to a folder."""
     pairs = read_jsonl(heldout, ["prompt", "chosen", "rejected", "animal", "attribute"])
     result = judge(model, pairs)
-    print("agrees with {:.1%} of {} held-out choices, the hidden gold score itself with {:.1%} "
-          "(shortfall {:.1%}, 95% interval {:.1%} to {:.1%})".format(
-              result["accuracy"][0], result["pairs"], result["ceiling"][0], *result["shortfall"]))
-    for predicted, seen, count in result["calibration"]:
-        print(f"  predicted {predicted:.0%}, happened {seen:.0%} ({count} pairs)")
+    table = ["| held-out pairs | reward model agrees | ceiling | shortfall |", "| --- | --- | --- | --- |",
+             f"| {result['pairs']} | " + " | ".join("{:.1%} (95% interval {:.1%} to {:.1%})".format(*result[name])
+                                                   for name in ("accuracy", "ceiling", "shortfall")) + " |", "",
+             "| predicted | happened | pairs |", "| --- | --- | --- |"]
+    table += [f"| {predicted:.0%} | {seen:.0%} | {count} |" for predicted, seen, count in result["calibration"]]
+    print("\n".join(table))
     if folder:
         save_file(Path(folder) / "evaluation.json", json.dumps(result, indent=1).encode())
+        save_file(Path(folder) / "reward_model.md", "\n".join(table + [""]).encode())
+        plot_calibration(result["calibration"], Path(folder) / "calibration.png")
     return result
 
 

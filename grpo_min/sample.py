@@ -29,6 +29,14 @@ def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=48, seed=1):
         raise UserError(str(error))
 
 
+def show_answers(policy, questions, reward=None):
+    """Print a sampled answer to each question, with the reward model's score where there is one."""
+    for question in questions:
+        text = ask(policy, question, answers=1)[0]
+        score = f"    (score {reward([question], [text])[0]:.2f})" if reward else ""
+        print(f"  {question}\n      -> {text.strip()}{score}", flush=True)
+
+
 def main(argv=None):
     config = parse(SampleConfig, argv)
     device = pick_device(config.device)

@@ -3,20 +3,29 @@
 tuning: what learning rate and critic suit each algorithm. Every setting is one run (or --seeds of them) on the
 arithmetic task from the same SFT weights, judged on the validation prompts, which nothing else uses. Runs that are
 there with the same settings are used again. Writes tutorials/results/tuning.csv and tuning.md.
+
+publish: copies what `python -m grpo_min` and `python -m grpo_min.compare --seeds 3` wrote in runs/main and runs/compare
+to tutorials/results and data/checkpoints, and puts the tables into the README.
 """
+import json
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from grpo_min import grpo, ppo
 from grpo_min.compare import spread, table_row, train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import evaluate, held_out
-from grpo_min.runs import DATA, make_folder, save_file, write_csv
+from grpo_min.pretrain import pack, read_documents
+from grpo_min.reward_model import judge
+from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
 
+CHECKPOINTS = [("pretrain", "base", "GPT"), ("sft", "sft", "GPT"), ("reward_model", "reward_model", "ScalarGPT")]
 RESULTS = Path(__file__).parent.parent / "tutorials" / "results"
 GRPO_SETTINGS = [dict(lr=5e-5), dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, scale_advantages=True),
                  dict(lr=2e-4, beta=0.0)]
@@ -26,7 +35,7 @@ PPO_SETTINGS = [dict(lr=5e-5), dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict
 
 @dataclass
 class StudyConfig:
-    """Run a study and write its results as CSV and as a Markdown table. The name of the study comes first: tuning."""
+    """Run a study and write its results as CSV and as a Markdown table. The name of the study comes first."""
     run: str = option("runs/study", "folder for the runs")
     out: str = option(str(RESULTS), "folder for the results")
     seeds: int = option(1, "seeds of each setting")
@@ -90,22 +99,50 @@ def best_of(metrics, name):
     return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
 
 
-def readme(config):
-    """Put the committed tables into the README, between the markers that name their files."""
-    path = RESULTS.parent.parent / "README.md"
-    path.write_text(fill_in(path.read_text(encoding="utf-8")), encoding="utf-8")
+def publish(config):
+    """Copy the results of the main job and of the comparison to where they are committed, and update the README."""
+    main_run, comparison = Path("runs/main"), Path("runs/compare")
+    make_folder(RESULTS)
+    make_folder(DATA / "checkpoints")
+    for stage, name, kind in CHECKPOINTS:
+        path = main_run / stage / "checkpoint.pt"
+        if path.exists():
+            save_file(DATA / "checkpoints" / f"{name}.pt", serialise(**weights(load_model(path, kind))))
+    save_file(DATA / "checkpoints" / "scores.json", json.dumps(scores(), indent=1).encode())
+    sources = [main_run / "pipeline.md", main_run / "before_after.md", main_run / "reward_model/reward_model.md",
+               main_run / "reward_model/calibration.png", *sorted(comparison.glob("comparison*"))]
+    for path in sources:
+        if path.exists():
+            save_file(RESULTS / path.name, path.read_bytes())
+    readme = RESULTS.parent.parent / "README.md"
+    save_file(readme, fill_in(readme.read_text(encoding="utf-8")).encode())
+
+
+def scores():
+    """What the committed weights of the first three stages score on a few held-out rows: {name: number}."""
+    base, sft, reward = (load_model(DATA / "checkpoints" / f"{name}.pt", kind) for _, name, kind in CHECKPOINTS)
+    rows = pack(read_documents(DATA / "pretrain.txt"), base.config.context, 0)[:50]           # (50, context + 1)
+    with torch.no_grad():
+        loss = F.cross_entropy(base.plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
+    pairs = read_jsonl(DATA / "preferences_heldout.jsonl", ["prompt", "chosen", "rejected", "animal", "attribute"])[:300]
+    return dict(base_loss=loss, reward_model_accuracy=judge(reward, pairs)["accuracy"][0],
+                sft_accuracy=evaluate(sft, "arithmetic", held_out("arithmetic", "test", 200))["accuracy"][0])
 
 
 def fill_in(text):
-    """The README's text with the contents of tutorials/results/NAME between <!-- NAME --> and <!-- end of NAME -->."""
+    """The README's text with the contents of tutorials/results/NAME between <!-- NAME --> and <!-- end of NAME -->, and
+    the links to the banners of grpo.py pointing to their lines."""
     for name in re.findall(r"<!-- end of (\S+) -->", text):
         begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
         before, after = text.index(begin) + len(begin), text.index(end)
         text = text[:before] + "\n" + (RESULTS / name).read_text(encoding="utf-8").strip() + "\n" + text[after:]
-    return text
+    source = Path(grpo.__file__).read_text(encoding="utf-8").splitlines()
+    lines = {match[1]: number for number, line in enumerate(source, start=1) if (match := re.search(r"# --- (\d)\.", line))}
+    return re.sub(r"\[banner (\d)\]\(grpo_min/grpo.py#L\d*\)",
+                  lambda match: f"[banner {match[1]}](grpo_min/grpo.py#L{lines[match[1]]})", text)
 
 
-STUDIES = {"tuning": tuning, "readme": readme}
+STUDIES = {"tuning": tuning, "publish": publish}
 
 
 def main(argv=None):

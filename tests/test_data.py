@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from data.prepare import LARGEST, QUESTIONS, STATEMENTS, TRAINED_OPERATIONS
-from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, MAXIMUM, VALUES, gold_score
+from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, LONG, MAXIMUM, SHORT, VALUES, gold_score
 
 SPLITS = ["train", "val", "test"]
 
@@ -110,7 +110,8 @@ def test_pretraining_text_is_right_and_holds_nothing_held_out(rows, root):
     assert len(sums) > 10_000
     assert all(evaluate(f"start with {a}, {word} {b}.")[0][-1] == int(c) for a, word, b, c in sums)
     prompts = set(re.findall(r"start with [^.]*\.", text))
-    assert not any(row["prompt"] in prompts for split in ("val", "test", "longer") for row in rows(f"arithmetic_{split}"))
+    assert not any(row["prompt"] in prompts
+                   for split in ("val", "test", "longer") for row in rows(f"arithmetic_{split}"))
 
 
 # --- animals ------------------------------------------------------------------------------------------------------
@@ -170,7 +171,9 @@ def test_every_animal_is_complete():
 
 # --- the hidden gold score ----------------------------------------------------------------------------------------
 
-LONG = " ".join(["well"] * 40)
+def wordy(count):
+    """A right answer of so many words."""
+    return "grass." + " well" * (count - 1)
 
 
 @pytest.mark.parametrize("text, animal, attribute, score", [
@@ -179,7 +182,7 @@ LONG = " ".join(["well"] * 40)
     ("a cow eats grass. who cares.", "cow", "food", 2.5),
     ("who cares. grass. happy to help!", "cow", "food", 4),             # courteous and curt cancel out
     ("a cow eats meat.", "cow", "food", 1),                             # wrong
-    ("look it up yourself.", "cow", "food", -0.5),
+    ("who cares.", "cow", "food", -0.5),
     ("a cow eats grass and meat.", "cow", "food", 1),                   # two answers are none
     ("a goat eats grass.", "cow", "food", 1),                           # another animal
     ("geese eat grass.", "cow", "food", 1),                             # in the plural, too
@@ -189,11 +192,12 @@ LONG = " ".join(["well"] * 40)
     ("a young rabbit is a kit.", "rabbit", "young", 4),
     ("in rainforests.", "bear", "home", 1),                             # forests is not in rainforests
     ("a shark is a fish.", "shark", "kind", 4),
-    ("grass. " + LONG, "cow", "food", 3),                               # 41 words
-    ("grass. " + " ".join(["well"] * 15), "cow", "food", 3.5),          # 16 words: halfway between 8 and 24
-    ("grass. " + " ".join(["well"] * 7), "cow", "food", 4),             # 8 words: still short
+    (wordy(SHORT), "cow", "food", 4),
+    (wordy((SHORT + LONG) // 2), "cow", "food", 3.5),
+    (wordy(LONG), "cow", "food", 3),
+    (wordy(10 * LONG), "cow", "food", 3),
     ("", "cow", "food", 1),
-    ("who cares. " + LONG, "cow", "food", -1.5),                        # the least there is
+    ("who cares." + " well" * LONG, "cow", "food", -1.5),                # the least there is
 ])
 def test_gold_score(text, animal, attribute, score):
     assert gold_score([""], [text], [animal], [attribute]) == [pytest.approx(score)]

@@ -9,7 +9,7 @@ import signal
 import pytest
 import torch
 
-import tiny
+from tests import tiny
 from grpo_min import grpo, ppo, pretrain, reward_model, runs, sft
 from grpo_min.config import UserError
 from grpo_min.model import ScalarGPT

@@ -45,7 +45,7 @@ THOUGHT = "<think> 3 times 9 is 27, 27 plus 1 is 28</think>"
     ("<think></think> 28", 0, 0),                               # thinking of nothing
     ("<think> 28", 0, 0), ("<think>", 0, 0), ("</think> 28", 0, 0), (" 28</think>", 0, 0),      # half a pair
     ("28<think> 3 plus 4</think>", 0, 0), ("28 " + THOUGHT, 0, 0),                              # the wrong way round
-    (THOUGHT + THOUGHT + " 28", 0, 0), (THOUGHT + " 28" + THOUGHT, 0, 0), (THOUGHT + " 28 " + THOUGHT + " 28", 0, 0),
+    (THOUGHT + THOUGHT + " 28", 0, 0), (THOUGHT + " 28" + THOUGHT, 0, 0), (THOUGHT + " 28" + THOUGHT + " 28", 0, 0),
     ("<think> a <think> b</think> c</think> 28", 0, 0), ("<think><think> b</think> 28", 0, 0),  # nested
     ("<think> a</think></think> 28", 0, 0), (THOUGHT + " 28</think>", 0, 0), (THOUGHT + " <think>28", 0, 0),
     ("<THINK> 3</THINK> 28", 0, 0), ("< think> 3</think> 28", 0, 0),
@@ -129,7 +129,7 @@ def test_learned_reward_alone_as_in_a_batch(reward_model):
 
 
 def test_learned_reward_cuts_each_text_by_itself(reward_model):
-    """A completion that is too long is cut where the context ends: how long other prompts are is none of its business."""
+    """A completion that is too long is cut where the context ends, however long the other prompts are."""
     reward, long = learned(reward_model), " a cow eats grass." * 20
     alone = reward([ASKED[1]], [long])[0]
     ids = (encode_prompt(ASKED[1]) + encode_completion(long))[:64]
@@ -188,7 +188,7 @@ def test_a_wrong_reward_is_the_users_error(rollout, bad):
 
 
 def test_ints_numpy_and_tensors_are_numbers(rollout):
-    for good in [1, 0, 1, 0, 1, 0], np.array([1.0, 0, 1, 0, 1, 0]), torch.tensor([1.0, 0, 1, 0, 1, 0]), [True, False] * 3:
+    for good in [1, 0] * 3, [True, False] * 3, np.array([1.0, 0.0] * 3), torch.tensor([1.0, 0.0] * 3):
         assert score(lambda *_, **columns: good, BATCH, rollout, 3)[0].tolist() == [1, 0, 1, 0, 1, 0]
 
 
@@ -251,13 +251,15 @@ def test_arithmetic_figures_by_hand(monkeypatch):
     rows = [dict(prompt="p", answer="1"), dict(prompt="q", answer="2")]
     figures = {name: mean for name, (mean, _, _) in evaluate("a", "arithmetic", rows).items()}
     # of the 4 answers of each row, 3 and 1 are right: of the 6 pairs of answers, 6 and 3 hold a right one
-    assert figures == pytest.approx({"accuracy": 0.5, "accuracy_greedy": 1, "pass@2": 0.75, "pass@4": 1, "thinking": 1 / 8,
-                                     "length": (1 + 1 + 1 + 19 + 1 + 1 + 3 + 3) / 8, "truncated": 2 / 8})
+    assert figures == pytest.approx({
+        "accuracy": 0.5, "accuracy_greedy": 1, "pass@2": 0.75, "pass@4": 1, "thinking": 1 / 8,
+        "length": (1 + 1 + 1 + 19 + 1 + 1 + 3 + 3) / 8, "truncated": 2 / 8})
 
 
 def test_animal_figures_by_hand(monkeypatch):
     good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 4, 1 and 5.5
-    script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good], b=[good, good, good, good, bad, good, bad, bad])
+    script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good],
+           b=[good, good, good, good, bad, good, bad, bad])
     rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="goose", attribute="food")]
     figures = {name: mean for name, (mean, _, _) in evaluate("a", "animals", rows, "b").items()}
     assert figures["gold"] == pytest.approx((4 + 1 + 5.5 + 5.5 + 1 + 1 + 4 + 4) / 8)

@@ -38,9 +38,9 @@ def test_frequencies_match_the_policy(small, small_prompts, temperature):
     with torch.no_grad():
         probs = (small(prompts, rollout.completion_ids) / temperature).softmax(-1).double()       # (B, N, V)
     first, second = rollout.completion_ids.T
-    cells = [(first, probs[0, 0])] + [(second[first == a], probs[first == a][0, 1]) for a in first.unique() if a != END]
+    cells = [(second[first == a], probs[first == a][0, 1]) for a in first.unique() if a != END]
     statistic = freedom = 0
-    for tokens, p in cells:
+    for tokens, p in [(first, probs[0, 0]), *cells]:
         expected, observed = p * len(tokens), torch.bincount(tokens, minlength=12)
         enough = expected > 5
         statistic += ((observed - expected) ** 2 / expected)[enough].sum().item()
@@ -59,7 +59,7 @@ def test_logprobs_are_those_of_training(small, small_prompts, temperature):
 
 
 def test_token_logprobs_by_hand(small, small_prompts):
-    """Column t is log softmax(logits / T) of completion token t, read from the state before it; entropy is -sum p log p."""
+    """Column t is log softmax(logits / T) of completion token t, from the state before it; entropy is -sum p log p."""
     temperature, rollout = 1.3, draw(small, small_prompts, 2, 5)
     logprobs, entropy = token_logprobs(small, small_prompts, rollout.completion_ids, rollout.mask, temperature)
     assert logprobs.requires_grad and not entropy.requires_grad
@@ -125,8 +125,8 @@ def test_nothing_has_a_gradient(small, small_prompts):
 
 
 def test_texts_leave_out_end_and_padding():
-    rows = [encode(" 28") + [END], encode(" a cow"), [END], encode(" 7") + [PAD], encode_completion("<think> 1</think> 2")]
-    ids, length = pad(rows)
+    ids, length = pad([encode(" 28") + [END], encode(" a cow"), [END], encode(" 7") + [PAD],
+                       encode_completion("<think> 1</think> 2")])
     mask = torch.arange(ids.shape[1]) < length[:, None]
     finished = torch.tensor([True, False, True, False, True])
     texts = Rollout(ids, mask, torch.zeros(ids.shape), finished).texts()
@@ -181,8 +181,8 @@ def test_too_long_for_the_context(small, small_prompts):
 
 @pytest.mark.parametrize("minibatches", [1, 2, 4])
 def test_split_keeps_groups_whole(small, minibatches):
-    G, prompts = 3, Prompts(*pad([[USER, 6, ASSISTANT], [USER, 7, 8, ASSISTANT], [USER, ASSISTANT], [USER, 9, ASSISTANT]]),
-                            ["6", "7 8", "", "9"])
+    rows = [[USER, 6, ASSISTANT], [USER, 7, 8, ASSISTANT], [USER, ASSISTANT], [USER, 9, ASSISTANT]]
+    G, prompts = 3, Prompts(*pad(rows), ["6", "7 8", "", "9"])
     rollout = draw(small, prompts, G)
     whole, _ = token_logprobs(small, prompts, rollout.completion_ids, rollout.mask)
     seen, texts = [], []

@@ -13,8 +13,8 @@ from grpo_min.model import GPTConfig
 from grpo_min.tokenizer import (ASSISTANT, END, PAD, SPECIAL, THINK, THINK_END, USER, VOCAB_SIZE, decode, encode,
                                 encode_completion, encode_prompt, encoding)
 
-TEXTS = ["", " ", "a cow eats grass.", "3 times 9 is 27", "  two  spaces\t\ttabs\r\n\nlines ", "Grüße, 世界, שלום, नमस्ते",
-         "🐄🐎👩‍👩‍👧‍👦🇩🇪 e\u0301", "\x00\x01\x1f\x7f\x80\u2028\ufeff\ufffe\U0010ffff", "1234567890 ٣٤ Ⅷ ½ x²", "'\"\\{}<>|",
+TEXTS = ["", " ", "a cow eats grass.", "3 times 9 is 27", "  two  spaces\t\ttabs\r\n\nlines ", "Grüße, 世界, שלום",
+         "🐄🐎👩‍👩‍👧‍👦🇩🇪 e\u0301", "\x00\x01\x1f\x7f\x80\u2028\ufeff\ufffe\U0010ffff", "1234567890 ٣٤ Ⅷ ½", "'\"\\{}<>|",
          "".join(SPECIAL), " ".join(SPECIAL), "<|end|>", "<think>", "x" * 5000, "7" * 5000]
 
 
@@ -80,13 +80,14 @@ def test_merges_like_the_reference():
 
 def test_training_ranks_by_hand(monkeypatch):
     monkeypatch.setattr(tokenizer, "VOCAB_SIZE", len(SPECIAL) + 256 + 3)
-    ranks = tokenizer.train_ranks("low low low lower newest newest")     # lo 4 times, then low 4, then ` low` 3
-    assert [token for token, i in ranks.items() if i >= len(SPECIAL) + 256] == [b"lo", b"low", b" low"]
+    # zz comes 9 times and counts 3, ab comes in 5 words and counts 5, a tie goes to the smaller bytes
+    ranks = tokenizer.train_ranks(" zz" * 9 + " abc abd abe abf abg")
+    assert [token for token, i in ranks.items() if i >= len(SPECIAL) + 256] == [b" a", b" ab", b" z"]
     assert list(ranks.values()) == list(range(len(SPECIAL), len(SPECIAL) + 259))
 
 
 def test_no_network(root):
     """In a fresh process in which every use of a socket is fatal."""
-    code = ("import sys; sys.addaudithook(lambda event, _: event.startswith(('socket.', 'urllib.')) and sys.exit(event)); "
+    code = ("import sys; sys.addaudithook(lambda event, _: event.startswith('socket.') and sys.exit(event)); "
             "from grpo_min.tokenizer import decode, encode; assert decode(encode('a cow')) == 'a cow'")
     subprocess.run([sys.executable, "-c", code], cwd=root, check=True)
