@@ -172,7 +172,7 @@ def main():
     write_jsonl(out / "arithmetic_test.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
     write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
     write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
-    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 6000, TRAINED_OPERATIONS, taken), problem)
+    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 5000, TRAINED_OPERATIONS, taken), problem)
     for split in "train", "val", "test":
         write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), ["prompt", "animal", "attribute"])
 
@@ -192,13 +192,15 @@ def main():
     write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
                 fields + ["animal", "attribute"])
 
-    # Text to pretrain on: every sum there is, every fact in every statement, and worked chains.
+    # Text to pretrain on: every sum and every fact, questions with their answers, and worked chains.
     sums = [f"{value} {word} {operand} is {result}." for value in range(LARGEST + 1)
             for word, operand, result in operations_on(value)]
     statements = [fill(template, animal, FACTS[animal][attribute]) for animal in FACTS for attribute in ATTRIBUTES
                   for template in STATEMENTS[attribute]]
-    documents = (sums + statements) * 4 + [f"{row['prompt']} {row['steps']}."
-                  for row in arithmetic_problems(rng, 6000, [1] + TRAINED_OPERATIONS, taken)]
+    faq = [f"{asked['prompt']} {FACTS[asked['animal']][asked['attribute']]}." for asked in animal_prompts("train")]
+    documents = (sums + statements) * 4 + faq
+    documents += [f"{row['prompt']} {row['steps']}."
+                  for row in arithmetic_problems(rng, 4000, [1] + TRAINED_OPERATIONS, taken)]
     rng.shuffle(documents)
     text = "".join(document + "\n" for document in documents)
     (out / "pretrain.txt").write_text(text, encoding="utf-8")

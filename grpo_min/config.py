@@ -6,7 +6,7 @@ import sys
 import torch
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can mend. Commands print it as one line and exit with `exit_code`."""
 
     def __init__(self, message, exit_code=2):
@@ -39,6 +39,12 @@ def require(condition, message):
         raise UserError(message)
 
 
+def require_positive(config, *names):
+    """A UserError unless the named fields are above 0 (and numbers)."""
+    for name in names:
+        require(getattr(config, name) > 0, f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
+
+
 def pick_device(name):
     """auto, cpu, cuda or mps -> a torch.device; auto is CUDA where there is one, else the CPU."""
     if name == "auto":
@@ -53,9 +59,8 @@ def run_command(main):
     try:
         main()
     except UserError as error:
-        sys.exit(fail(error))
-
-
-def fail(error):
-    print(f"error: {error}", file=sys.stderr)
-    return error.exit_code
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)

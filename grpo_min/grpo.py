@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_min.config import option, parse, pick_device, require, run_command
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.metrics import Clock, average, record, rollout_metrics, shown_samples, update_metrics
 from grpo_min.plots import plot_curves
 from grpo_min.rewards import load_reward, score
@@ -87,18 +87,20 @@ def kl_estimate(logprobs, ref_logprobs, kind):
         return -log_ratio
     if kind == "k2":
         return log_ratio ** 2 / 2
-    return log_ratio.exp() - 1 - log_ratio
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def check(config):
     """A UserError for settings that cannot work."""
+    require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "minibatches", "lr", "max_grad_norm",
+                     "clip_eps", "temperature", "max_new_tokens")
     require(config.group_size >= 2, f"--group-size {config.group_size}: a group needs at least 2 completions, since the "
             "others are the baseline")
+    require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
     require(config.prompts_per_step % config.minibatches == 0,
             f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches")
     require(config.kl_in == "loss" or config.kl == "k1", "--kl-in reward needs --kl k1: k2 and k3 in the reward have "
             "wrong gradients")
-    require(config.temperature > 0, "--temperature must be above 0: without chance there is nothing to compare")
 
 
 def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=kl_estimate, model=None,
@@ -106,14 +108,15 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
     """GRPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
-    functions of this file; model replaces config.sft; evaluate(policy, step) -> dict joins the row of each step.
+    functions of this file; model replaces config.sft and is trained itself; evaluate(policy, step) -> dict joins each step's row.
     """
     check(config)
     device = pick_device(config.device)
     policy = model if model is not None else load_model(config.sft, "GPT", device)
     reference = copy.deepcopy(policy).requires_grad_(False)                                   # stays as it is
     optimizer = optimizer_for(policy, config.lr)
-    reward, rows, inputs = load_reward(config, reward, device)
+    reward, rows, files = load_reward(config, reward, device)
+    inputs = files if model is not None else [config.sft, *files]
     with Run(config, inputs, dict(policy=policy, optimizer=optimizer)) as run:
         for step in range(run.first_step, config.steps):
             clock = Clock(device)

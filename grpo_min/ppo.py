@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_min.config import option, parse, pick_device, require, run_command
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.metrics import Clock, average, record, rollout_metrics, shown_samples, update_metrics
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import plot_curves
@@ -127,16 +127,20 @@ def kl_estimate(logprobs, ref_logprobs, kind):
         return -log_ratio
     if kind == "k2":
         return log_ratio ** 2 / 2
-    return log_ratio.exp() - 1 - log_ratio
+    return torch.expm1(log_ratio) - log_ratio
 
 
 def check(config):
     """A UserError for settings that cannot work."""
+    require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "minibatches", "lr", "max_grad_norm",
+                     "clip_eps", "temperature", "max_new_tokens")
+    require_positive(config, "critic_lr", "value_coef")
+    require(0 <= config.gamma <= 1 and 0 <= config.lam <= 1, "--gamma and --lam must be from 0 to 1")
+    require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
     require(config.prompts_per_step % config.minibatches == 0,
             f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches")
     require(config.kl_in == "loss" or config.kl == "k1", "--kl-in reward needs --kl k1: k2 and k3 in the reward have "
             "wrong gradients")
-    require(config.temperature > 0, "--temperature must be above 0: without chance there is nothing to compare")
 
 
 def start_critic(config, policy, device):
@@ -153,7 +157,7 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
     """PPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
-    functions of this file; model replaces config.sft; evaluate(policy, step) -> dict joins the row of each step.
+    functions of this file; model replaces config.sft and is trained itself; evaluate(policy, step) -> dict joins each step's row.
     """
     check(config)
     device = pick_device(config.device)
@@ -162,7 +166,8 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
     optimizer = optimizer_for(policy, config.lr)
     critic = start_critic(config, policy, device)
     critic_optimizer = optimizer_for(critic, config.critic_lr)
-    reward, rows, inputs = load_reward(config, reward, device)
+    reward, rows, files = load_reward(config, reward, device)
+    inputs = files if model is not None else [config.sft, *files]
     parts = dict(policy=policy, optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
     with Run(config, inputs, parts) as run:
         for step in range(run.first_step, config.steps):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from grpo_min.config import UserError, option, parse, pick_device, require, run_command
+from grpo_min.config import UserError, option, parse, pick_device, require, require_positive, run_command
 from grpo_min.model import GPT, GPTConfig
 from grpo_min.runs import DATA, fit
 from grpo_min.tokenizer import END, encode
@@ -25,9 +25,9 @@ class PretrainConfig:
     heads: int = option(3, "attention heads; must divide the width")
     width: int = option(96, "size of the residual stream")
     context: int = option(80, "positions, in tokens")
-    steps: int = option(2400, "updates")
-    batch_size: int = option(4, "rows of `context` tokens per update")
-    lr: float = option(6e-3, "peak learning rate")
+    steps: int = option(3000, "updates")
+    batch_size: int = option(8, "rows of `context` tokens per update")
+    lr: float = option(8e-3, "peak learning rate")
     warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the weights and of the order of documents")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
@@ -57,6 +57,7 @@ def pack(documents, context, seed):
 
 def train(config):
     """Pretrain -> the base model and one row of metrics per step."""
+    require_positive(config, "layers", "heads", "width", "context", "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
     require(config.width % config.heads == 0, f"a width of {config.width} does not divide into {config.heads} heads")
     documents = read_documents(config.text)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min.config import option, parse, pick_device, run_command
+from grpo_min.config import option, parse, pick_device, require_positive, run_command
 from grpo_min.gold import gold_score
 from grpo_min.metrics import interval
 from grpo_min.model import ScalarGPT
@@ -48,6 +48,7 @@ def preference_loss(chosen, rejected):
 
 def train(config):
     """Train -> the reward model and one row of metrics per step."""
+    require_positive(config, "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
     rows = read_jsonl(config.preferences, ["prompt", "chosen", "rejected"])
     sft = load_model(config.sft, "GPT", device)

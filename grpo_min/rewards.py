@@ -73,20 +73,20 @@ def learned(reward_model, batch_size=256):
 def load_reward(config, reward, device):
     """What a loop is to be rewarded for -> the reward function, the rows of prompts, the files both come from.
 
-    config has reward, reward_model, prompts and sft; a reward given as a function replaces config.reward.
+    config has reward, reward_model and prompts; a reward given as a function replaces config.reward.
     """
     path = config.prompts or str(DATA / ("animals_train.jsonl" if config.reward == "learned" else
                                          "arithmetic_train.jsonl"))
-    inputs = [config.sft, path]
+    files = [path]
     fields = ["prompt"]
     if reward is None and config.reward == "learned":
         reward = learned(load_model(config.reward_model, "ScalarGPT", device))
-        inputs.append(config.reward_model)
+        files.append(config.reward_model)
     elif reward is None:
         reward = {"correct": correct, "well_formed": well_formed,
                   "both": weighted_sum((correct, 1.0), (well_formed, 0.2))}[config.reward]
         fields.append("answer")
-    return reward, read_jsonl(path, fields), inputs
+    return reward, read_jsonl(path, fields), files
 
 
 def score(reward, batch, rollout, group_size):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from grpo_min.config import UserError
 from grpo_min.tokenizer import END, PAD, decode, encode_completion, encode_prompt
 
 
@@ -93,12 +94,12 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
 
     temperature 0 takes the likeliest token. The uniform numbers (B, N) are drawn up front on the CPU, and each token
     is the first whose cumulative probability exceeds its number: the same run on every device, and a row's tokens
-    do not depend on the other rows. Raises ValueError if prompt and completion do not fit into the context.
+    do not depend on the other rows. UserError if prompt and completion do not fit into the context.
     """
     Q, P = prompts.ids.shape
     B, N, device = Q * group_size, max_new_tokens, prompts.ids.device
     if int(prompts.length.max()) + N > policy.config.context:
-        raise ValueError(f"{int(prompts.length.max())} prompt tokens and {N} new ones do not fit into the model's "
+        raise UserError(f"{int(prompts.length.max())} prompt tokens and {N} new ones do not fit into the model's "
                          f"context of {policy.config.context}")
     uniforms = torch.rand(B, N, generator=generator).to(device)                         # (B, N)
     last, memory = policy.read(prompts)                                                 # (Q, D)

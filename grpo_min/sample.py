@@ -1,7 +1,7 @@
 """Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?", or without a prompt, line by line."""
 from dataclasses import dataclass
 
-from grpo_min.config import UserError, option, parse, pick_device, run_command
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, sample
 from grpo_min.runs import DATA, generator, load_model
@@ -22,11 +22,8 @@ class SampleConfig:
 
 def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=48, seed=1):
     """`answers` completions of one prompt, as texts. UserError if the prompt is too long."""
-    try:
-        prompts = Prompts.from_texts([text], next(policy.parameters()).device)
-        return sample(policy, prompts, answers, max_new_tokens, temperature, generator(seed, 0)).texts()
-    except ValueError as error:
-        raise UserError(str(error))
+    prompts = Prompts.from_texts([text], next(policy.parameters()).device)
+    return sample(policy, prompts, answers, max_new_tokens, temperature, generator(seed, 0)).texts()
 
 
 def show_answers(policy, questions, reward=None):
@@ -39,6 +36,8 @@ def show_answers(policy, questions, reward=None):
 
 def main(argv=None):
     config = parse(SampleConfig, argv)
+    require_positive(config, "answers", "max_new_tokens")
+    require(config.temperature >= 0, "--temperature must be at least 0")
     device = pick_device(config.device)
     policy = load_model(config.checkpoint, "GPT", device)
     reward = learned(load_model(config.reward_model, "ScalarGPT", device)) if config.reward_model else None

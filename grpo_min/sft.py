@@ -5,7 +5,7 @@ would weigh their first token many times as much as a batch of long ones, and th
 """
 from dataclasses import dataclass
 
-from grpo_min.config import option, parse, pick_device, run_command
+from grpo_min.config import option, parse, pick_device, require_positive, run_command
 from grpo_min.rollout import Prompts, pad_completions, token_logprobs
 from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
 
@@ -17,9 +17,9 @@ class SFTConfig:
     resume: bool = option(False, "go on from the checkpoint in --run")
     base: str = option(str(DATA / "checkpoints/base.pt"), "checkpoint of the base model")
     demonstrations: str = option(str(DATA / "sft.jsonl"), "JSONL with the fields prompt and response")
-    steps: int = option(1000, "updates")
-    batch_size: int = option(64, "demonstrations per update")
-    lr: float = option(2e-3, "peak learning rate")
+    steps: int = option(2500, "updates")
+    batch_size: int = option(16, "demonstrations per update")
+    lr: float = option(4e-3, "peak learning rate")
     warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the order of demonstrations")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
@@ -27,6 +27,7 @@ class SFTConfig:
 
 def train(config):
     """Fine-tune -> the SFT model and one row of metrics per step."""
+    require_positive(config, "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
     rows = read_jsonl(config.demonstrations, ["prompt", "response"])
     model = load_model(config.base, "GPT", device)

@@ -2,7 +2,9 @@
 resume to the bit. Whatever holds for both loops is tested on both, through the arguments that a reader may swap
 (reward, advantage, loss, kl, model, evaluate): what these functions are called with tells what the loop does.
 """
+import csv
 import dataclasses
+import json
 import os
 import signal
 
@@ -63,10 +65,15 @@ def test_a_penalty_keeps_the_policy_at_the_reference(loop, tmp_path):
     assert drift[1] < 0.1 * drift[0]
 
 
+def standing_still(rewards, values, mask, gamma, lam):
+    """The critic's targets as GAE gives them, and nothing for the policy to learn."""
+    return torch.zeros_like(values), ppo.gae(rewards, values, mask, gamma, lam)[1]
+
+
 def test_critic_learns_what_to_expect(tmp_path):
     # Every completion is worth 1, and the policy stands still: the value of every state is 1.
-    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=60, lr=0.0, critic_lr=1e-2)
-    ppo.train(config, reward=constant)
+    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=60, beta=0.0, critic_lr=1e-2)
+    ppo.train(config, reward=constant, advantage=standing_still)
     critic = ScalarGPT(tiny.gpt().config)
     critic.load_state_dict(load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"])
     values = critic(Prompts.from_texts(tiny.PROMPTS), torch.full((12, 3), 300))
@@ -77,7 +84,8 @@ def test_explained_variance_is_measured_against_the_actual_return(tmp_path):
     # Rewards depend on the prompt alone, so a critic that has learned them explains nearly all of the variance.
     def by_prompt(prompts, completions, **columns):
         return [float(prompt in tiny.PROMPTS[:6]) for prompt in prompts]
-    _, rows = ppo.train(settings(ppo, tmp_path, steps=60, prompts_per_step=12, lr=0.0, critic_lr=1e-2), reward=by_prompt)
+    config = settings(ppo, tmp_path, steps=60, prompts_per_step=12, beta=0.0, critic_lr=1e-2)
+    _, rows = ppo.train(config, reward=by_prompt, advantage=standing_still)
     assert abs(rows[0]["explained_variance"]) < 1e-6, "values of 0 explain nothing"
     assert mean(rows[-5:], "explained_variance") > 0.8
 
@@ -245,11 +253,23 @@ def test_warmup_trains_the_critic_alone(tmp_path):
     assert not tiny.same(policy, start)
 
 
-def test_critic_may_start_from_the_reward_model(tmp_path):
-    path = tiny.reward_checkpoint(tmp_path / "reward_model.pt")
-    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=1, critic="reward_model", reward_model=path, critic_lr=0.0)
-    ppo.train(config, reward=letter_e)
-    assert tiny.same(load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"], load_checkpoint(path)["model"])
+@pytest.mark.parametrize("start", ["sft", "reward_model"])
+def test_critic_starts_from(start, tmp_path, monkeypatch):
+    path, seen, values, sample = tiny.reward_checkpoint(tmp_path / "reward_model.pt"), [], [], ppo.sample
+
+    def recording_sample(prompts_of, *rest):
+        seen.append((rest[0], sample(prompts_of, *rest).completion_ids))
+        return sample(prompts_of, *rest)
+
+    def advantage(rewards, old_values, *rest):
+        values.append(old_values)
+        return ppo.gae(rewards, old_values, *rest)
+    monkeypatch.setattr(ppo, "sample", lambda *a: seen.append((a[1], sample(*a))) or seen[-1][1])
+    ppo.train(settings(ppo, tmp_path, steps=1, critic=start, reward_model=path), reward=letter_e, advantage=advantage)
+    (prompts, rollout), = seen
+    expected = load_model(path, "ScalarGPT")(prompts, rollout.completion_ids)[:, :-1]
+    assert torch.allclose(values[0], expected if start == "reward_model" else torch.zeros(12, 6), atol=1e-6)
+    assert expected.std() > 0.1
 
 
 # --- the same and not the same ------------------------------------------------------------------------------------
@@ -401,10 +421,11 @@ def test_run_folder(loop, tmp_path):
 
 
 @LOOPS
-def test_rows_of_prompts_may_have_different_fields(loop, tmp_path):
-    rows = [dict(prompt=text, answer="1", **(dict(note="x") if i % 2 else {})) for i, text in enumerate(tiny.PROMPTS)]
-    config = settings(loop, tmp_path, prompts=tiny.jsonl(tmp_path / "mixed.jsonl", rows))
-    assert len(loop.train(config)[1]) == 3
+@pytest.mark.parametrize("odd", [0, 1])
+def test_rows_of_prompts_may_have_different_fields(loop, odd, tmp_path):
+    rows = [dict(prompt=text, answer="1", **(dict(note="x") if i % 2 == odd else {})) for i, text in enumerate(tiny.PROMPTS)]
+    config = settings(loop, tmp_path, prompts=tiny.jsonl(tmp_path / "mixed.jsonl", rows), prompts_per_step=12, steps=1)
+    assert len(loop.train(config)[1]) == 1
 
 
 # --- stopping and going on ----------------------------------------------------------------------------------------
@@ -429,21 +450,23 @@ def crash():
     raise RuntimeError("the power went out")
 
 
+def cells(folder):
+    """metrics.csv as text, cell by cell, without what the wall clock decides."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return tiny.without_clock(csv.DictReader(file))
+
+
 def assert_same_run(a, b):
     """Checkpoints, samples and metrics of two run folders are equal to the bit, but for the clock."""
     assert tiny.same(load_checkpoint(a / "checkpoint.pt"), load_checkpoint(b / "checkpoint.pt"))
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-    rows = [tiny.without_clock(read_csv(folder / "metrics.csv")) for folder in (a, b)]
-    assert tiny.same(*rows) and [row["step"] for row in rows[0]] == list(range(len(rows[0])))
+    assert cells(a) == cells(b) and [row["step"] for row in cells(a)] == [str(step) for step in range(len(cells(a)))]
 
 
 @LOOPS
 @pytest.mark.parametrize("stop, error", [(interrupt, UserError), (crash, RuntimeError)], ids=["Ctrl-C", "crash"])
 def test_resumed_run_is_the_uninterrupted_one(loop, stop, error, tmp_path, monkeypatch):
-    # The prompts hold a character at which Python, but not JSON Lines, would break a line.
-    rows = [dict(prompt=f"{text}\u2028\x85 ok", answer="1") for text in tiny.PROMPTS]
-    path = tiny.jsonl(tmp_path / "odd.jsonl", rows)
-    whole, parts = (settings(loop, tmp_path, run=str(tmp_path / name), steps=6, prompts=path, epochs=2) for name in ("a", "b"))
+    whole, parts = (settings(loop, tmp_path, run=str(tmp_path / name), steps=6, epochs=2) for name in ("a", "b"))
     policy, rows = loop.train(whole, reward=letter_e)
     monkeypatch.setattr(runs, "SAVE_EVERY", 0)                  # a checkpoint after every step but the last two
     handler = signal.getsignal(signal.SIGINT)
@@ -455,6 +478,18 @@ def test_resumed_run_is_the_uninterrupted_one(loop, stop, error, tmp_path, monke
     resumed, resumed_rows = loop.train(dataclasses.replace(parts, resume=True), reward=letter_e)
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert tiny.same(state(policy), state(resumed)) and tiny.same(*map(tiny.without_clock, (rows, resumed_rows)))
+
+
+@pytest.mark.parametrize("odd", ["\u2028", "\x85", "\ud800", "\0"], ids=["U+2028", "U+0085", "half an emoji", "NUL"])
+def test_odd_characters_in_prompts_and_completions_can_be_resumed(odd, tmp_path):
+    # Python breaks lines at some characters at which JSON Lines does not, and half a surrogate pair has no UTF-8.
+    path = tiny.jsonl(tmp_path / "odd.jsonl", [dict(prompt=f"{text}{odd} ok", answer="1") for text in tiny.PROMPTS])
+    config = settings(grpo, tmp_path, run=str(tmp_path / "run"), prompts=path)
+    with pytest.raises(UserError, match="Ctrl-C"):
+        grpo.train(config, reward=stop_at(1, interrupt))
+    grpo.train(dataclasses.replace(config, resume=True), reward=letter_e)
+    lines = (tmp_path / "run/samples.jsonl").read_bytes().split(b"\n")
+    assert [json.loads(line)["step"] for line in lines if line] == [0] * 4 + [1] * 4 + [2] * 4
 
 
 @LOOPS

@@ -1,6 +1,6 @@
 """What the tests of loops and commands run on: a GPT of some 15,000 weights, and data files of a few lines.
 
-Nothing here is trained and nothing is read from data/checkpoints, so every test takes well under a second of training.
+Nothing here is trained and nothing is read from data/checkpoints.
 """
 import json
 import math
@@ -9,6 +9,8 @@ import torch
 
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min.runs import save_file, serialise, weights
+
+torch.set_num_threads(1)      # of tensors this small, several threads only get in each other's way
 
 CONFIG = dict(context=64, layers=1, heads=2, width=16)
 PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]          # of 11 to 13 tokens, so that batches are padded
@@ -53,7 +55,7 @@ def demonstrations(path, count=12):
 def preferences(path, count=12):
     """Pairs, for the reward model."""
     return jsonl(path, [dict(prompt=f"what do {animal}s eat?", chosen="grass.", rejected="meat. go away.", animal=animal,
-                             attribute="food") for animal in (["cow", "horse", "sheep"] * count)[:count]])
+                             attribute="food") for animal in (["cow", "horse", "pig"] * count)[:count]])
 
 
 def text_file(path, lines=60):

@@ -1,0 +1,505 @@
+"""The command line: every option is explained, and a user's mistake is answered by one line, never by a traceback.
+
+Each mistake is made on purpose: exit code 2, one line on standard error that begins with "error:" and names what is
+wrong, and a run that was in the folder before is still there, byte for byte. Commands run inside this process, but for
+two that are started as a user starts them.
+"""
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import pickle
+import shlex
+import signal
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo_min import compare, evaluate, grpo, ppo, pretrain, reward_model, runs, sample, sft
+from grpo_min.config import parse, run_command
+from grpo_min.model import ScalarGPT
+from grpo_min.runs import load_checkpoint, load_model, read_csv
+from tests import tiny
+
+ROOT = Path(__file__).parent.parent
+LOOPS = pytest.mark.parametrize("command", [grpo, ppo], ids=["grpo", "ppo"])
+
+
+def commands():
+    """{name: (module, its config class)} of every module that has a main()."""
+    found = {}
+    for path in sorted((ROOT / "grpo_min").glob("*.py")):
+        if "def main(" in path.read_text(encoding="utf-8"):
+            module = importlib.import_module(f"grpo_min.{path.stem}")
+            config, = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__
+                       and c.__name__.endswith("Config")]
+            found[path.stem] = module, config
+    return found
+
+
+COMMANDS = commands()
+
+
+def arguments(command, folder, **more):
+    """A short run of a stage on tiny files, as words of a command line; options in `more` come last and win."""
+    options = dict(run=folder / "run", steps=2, device="cpu")
+    if command in (grpo, ppo):
+        options.update(sft=folder / "sft.pt", prompts=folder / "prompts.jsonl", prompts_per_step=4, group_size=3,
+                       max_new_tokens=6)
+        tiny.prompts(folder / "prompts.jsonl")
+    elif command is pretrain:
+        options.update(text=tiny.text_file(folder / "text.txt"), layers=1, heads=2, width=16, context=16)
+    elif command is sft:
+        options.update(base=folder / "sft.pt", demonstrations=tiny.demonstrations(folder / "sft.jsonl"), batch_size=4)
+    elif command is reward_model:
+        options.update(sft=folder / "sft.pt", preferences=tiny.preferences(folder / "pairs.jsonl"), batch_size=4,
+                       heldout=folder / "pairs.jsonl")
+    elif command is compare:
+        options.update(sft=folder / "sft.pt", reward_model=tiny.reward_checkpoint(folder / "reward_model.pt"), eval_prompts=2)
+    elif command in (sample, evaluate):
+        options = dict(checkpoint=folder / "sft.pt", device="cpu")
+    if not (folder / "sft.pt").exists():
+        tiny.checkpoint(folder / "sft.pt")
+    options.update(more)
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def snapshot(folder):
+    """Every run folder beside the inputs: {path: bytes}."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("run*/*"))}
+
+
+@pytest.fixture
+def refused(tmp_path, capsys):
+    """refused(command, *words, **options) runs it, expects one line and that code, and returns the line."""
+    old_run = tmp_path / "run"
+    old_run.mkdir()
+    for name in "config.json", "metrics.csv", "checkpoint.pt":
+        (old_run / name).write_text("what an earlier run left")
+
+    def refused(command, *words, code=2, **options):
+        before, words = snapshot(tmp_path), arguments(command, tmp_path, **options) + list(words)
+        with pytest.raises(SystemExit) as stopped:
+            run_command(lambda: command.main(words))
+        error = capsys.readouterr().err
+        assert stopped.value.code == code
+        assert len(error.splitlines()) == 1 and error.startswith("error: ") and len(error) > 15, error
+        assert snapshot(tmp_path) == before, "a command that cannot run leaves every run folder as it was"
+        return error
+    return refused
+
+
+def works(command, folder, *words, **options):
+    command.main(arguments(command, folder, **options) + list(words))
+
+
+# --- help ---------------------------------------------------------------------------------------------------------
+
+def test_the_commands_are_all_found():
+    assert {"pretrain", "sft", "reward_model", "grpo", "ppo", "evaluate", "sample", "compare", "__main__"} <= set(COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_names_every_option_its_meaning_and_its_default(name, capsys):
+    module, config = COMMANDS[name]
+    with pytest.raises(SystemExit) as stopped:
+        module.main(["--help"])
+    shown = "".join(capsys.readouterr().out.split())                     # argparse breaks lines where it likes
+    assert stopped.value.code == 0
+    assert "".join(config.__doc__.split()) in shown
+    for field in dataclasses.fields(config):
+        assert "--" + field.name.replace("_", "-") in shown
+        assert "".join(f"{field.metadata['help']} (default: {field.default})".split()) in shown, field.name
+        assert all(choice in shown for choice in field.metadata["choices"] or [])
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_unknown_option(name, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        COMMANDS[name][0].main(["--no-such-option", "1"])
+    assert stopped.value.code == 2 and "--no-such-option" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--steps", "many"], ["--lr", "fast"], ["--kl", "k4"], ["--step", "3"], ["--device", "tpu"]])
+@LOOPS
+def test_values_that_argparse_refuses(command, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        command.main(words)
+    assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_command_to_go_on_with_is_one_that_works(name, monkeypatch):
+    # What Ctrl-C prints is parsed again, with a folder whose name holds a space.
+    module, config = COMMANDS[name]
+    module_name = "grpo_min" if name == "__main__" else f"grpo_min.{name}"
+    script = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module.__name__))
+    monkeypatch.setitem(sys.modules, "__main__", script)
+    monkeypatch.setattr(sys, "argv", [module.__file__, "--run", "runs/my run"] if hasattr(config, "run") else [module.__file__])
+    python, dash_m, run_name, *words = shlex.split(runs.resume_command())
+    assert (python, dash_m, run_name) == ("python", "-m", module_name)
+    parsed = parse(config, words)
+    assert getattr(parsed, "run", "runs/my run") == "runs/my run" and getattr(parsed, "resume", True) is True
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+DATA_OPTIONS = [(grpo, "prompts"), (ppo, "prompts"), (sft, "demonstrations"), (reward_model, "preferences"),
+                (reward_model, "heldout")]
+DATA = pytest.mark.parametrize("command, option", DATA_OPTIONS, ids=[f"{c.__name__[9:]}-{o}" for c, o in DATA_OPTIONS])
+
+
+@DATA
+def test_data_file_is_missing(command, option, refused, tmp_path):
+    assert "nowhere.jsonl" in refused(command, **{option: tmp_path / "nowhere.jsonl"})
+    assert str(tmp_path) in refused(command, **{option: tmp_path})                      # a folder
+
+
+GOOD = dict(prompt="a", answer="1", response="1", chosen="1", rejected="2", animal="cow", attribute="food")
+BAD_LINES = {
+    "not JSON": b'{"prompt": "a", \n', "half a line": b'{"prompt": "a"', "not an object": b'["a", "b"]\n', "null": b"null\n",
+    "field missing": b'{"question": "a"}\n', "prompt is a number": json.dumps(dict(GOOD, prompt=3)).encode() + b"\n",
+    "prompt is null": json.dumps(dict(GOOD, prompt=None)).encode() + b"\n", "not UTF-8": b'{"prompt": "\xff\xfe"}\n',
+    "blank": b"\n", "nested too deep": b"[" * 100_000 + b"\n", "enormous number": b'{"n": ' + b"1" * 5000 + b"}\n",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
+def test_a_bad_line_of_a_data_file_is_named(bad, refused, tmp_path):
+    path, good = tmp_path / "data.jsonl", json.dumps(GOOD).encode() + b"\n"
+    path.write_bytes(good * 20 + bad)
+    for command, option in DATA_OPTIONS[::2]:
+        error = refused(command, **{option: path})
+        assert "data.jsonl" in error and "line 21" in error, error
+
+
+@DATA
+@pytest.mark.parametrize("field", ["prompt", "answer", "response", "rejected", "attribute"])
+def test_a_field_that_is_missing_or_no_text_is_named(command, option, field, refused, tmp_path):
+    needed = {"prompts": ["prompt", "answer"], "demonstrations": ["prompt", "response"], "preferences": ["prompt", "rejected"],
+              "heldout": ["prompt", "rejected", "attribute"]}[option]
+    if field not in needed:
+        pytest.skip("this file needs no such field")
+    without = {name: value for name, value in GOOD.items() if name != field}
+    for row in without, dict(GOOD, **{field: 28}):
+        path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [row])
+        error = refused(command, **{option: path})
+        assert "line 21" in error and f'"{field}"' in error, error
+
+
+@DATA
+def test_data_file_is_empty(command, option, refused, tmp_path):
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    assert "empty" in refused(command, **{option: tmp_path / "empty.jsonl"})
+
+
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe\x00", b"too short\n"], ids=["empty", "blank", "binary", "short"])
+def test_text_that_cannot_be_pretrained_on(content, refused, tmp_path):
+    (tmp_path / "bad.txt").write_bytes(content)
+    assert "bad.txt" in refused(pretrain, text=tmp_path / "bad.txt")
+
+
+def test_text_is_missing(refused, tmp_path):
+    assert "nowhere.txt" in refused(pretrain, text=tmp_path / "nowhere.txt")
+
+
+@LOOPS
+def test_batch_is_larger_than_the_data(command, refused):
+    assert "13" in refused(command, prompts_per_step=13)
+
+
+@pytest.mark.parametrize("command", [sft, reward_model])
+def test_supervised_batch_is_larger_than_the_data(command, refused):
+    assert "13" in refused(command, batch_size=13)
+
+
+@pytest.mark.parametrize("command, option", DATA_OPTIONS[:4], ids=[f"{c.__name__[9:]}" for c, _ in DATA_OPTIONS[:4]])
+def test_a_prompt_is_too_long_for_the_context(command, option, refused, tmp_path):
+    rows = [GOOD] * 12 + [dict(GOOD, prompt="a cow " * 40)]
+    error = refused(command, **{option: tiny.jsonl(tmp_path / "long.jsonl", rows), "steps": 5})
+    assert "context" in error and "64" in error, error
+
+
+def test_a_response_is_too_long_for_the_context(refused, tmp_path):
+    rows = [GOOD] * 12 + [dict(GOOD, response="a cow " * 40, chosen="a cow " * 40)]
+    for command, option in (sft, "demonstrations"), (reward_model, "preferences"):
+        error = refused(command, **{option: tiny.jsonl(tmp_path / "long.jsonl", rows), "steps": 5})
+        assert "context" in error and "64" in error, error
+
+
+@LOOPS
+def test_completions_are_too_long_for_the_context(command, refused):
+    error = refused(command, max_new_tokens=60)
+    assert "context" in error and "64" in error, error
+
+
+# --- checkpoints --------------------------------------------------------------------------------------------------
+
+CHECKPOINT_OPTIONS = [(grpo, "sft"), (ppo, "sft"), (sft, "base"), (reward_model, "sft"), (sample, "checkpoint"),
+                      (evaluate, "checkpoint"), (compare, "sft")]
+
+
+class HoldsCode:
+    """What unpickles to a call: here of os.mkdir, elsewhere of anything."""
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def shape_of_another(path):
+    checkpoint = torch.load(tiny.checkpoint(path), weights_only=True)
+    checkpoint["config"]["width"] = 32
+    torch.save(checkpoint, path)
+
+
+def changed(**changes):
+    """A checkpoint with some of its entries changed, or without those that are None."""
+    def write(path):
+        checkpoint = {**torch.load(tiny.checkpoint(path), weights_only=True), **changes}
+        torch.save({name: value for name, value in checkpoint.items() if value is not None}, path)
+    return write
+
+
+def cut(path):
+    tiny.checkpoint(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+BAD_CHECKPOINTS = {
+    "missing": lambda path: None, "a folder": Path.mkdir, "empty": Path.touch, "cut": cut, "another shape": shape_of_another,
+    "text": lambda path: path.write_text("weights"), "bytes": lambda path: path.write_bytes(bytes(range(256)) * 10),
+    "a list": lambda path: torch.save([1, 2], path), "a state dict": lambda path: torch.save(tiny.gpt().state_dict(), path),
+    "a number": lambda path: torch.save(3, path), "a reward model": lambda path: tiny.checkpoint(path, ScalarGPT),
+    "another vocabulary": lambda path: tiny.checkpoint(path, vocab_size=50), "no config": changed(config=None),
+    "no weights": changed(model=None), "config of another version": changed(config=dict(vocab_size=600, rotary=True)),
+    "config without vocabulary": changed(config=dict(width=16)), "config no dict": changed(config=[1]),
+    "unknown kind": changed(kind="LSTM"), "pickled code": lambda path: path.write_bytes(pickle.dumps(HoldsCode(f"{path}.ran"))),
+    "code in torch's format": lambda path: torch.save(dict(kind="GPT", model=HoldsCode(f"{path}.ran")), path),
+}
+
+
+@pytest.mark.parametrize("write", BAD_CHECKPOINTS.values(), ids=BAD_CHECKPOINTS)
+def test_checkpoint_that_cannot_be_used(write, refused, tmp_path):
+    path = tmp_path / "bad.pt"
+    write(path)
+    for command, option in CHECKPOINT_OPTIONS:
+        words = ["--prompt", "hello"] if command is sample else []
+        assert "bad.pt" in refused(command, *words, **{option: path})
+    assert not Path(f"{path}.ran").exists(), "code that a file holds is never run"
+
+
+def test_this_code_would_run_where_it_is_let(tmp_path):
+    pickle.loads(pickle.dumps(HoldsCode(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("command, options", [
+    (grpo, dict(reward="learned")), (ppo, dict(reward="learned")), (ppo, dict(critic="reward_model")),
+    (compare, dict(rewards="learned")), (sample, dict(prompt="hello"))], ids=["grpo", "ppo", "critic", "compare", "sample"])
+def test_reward_model_that_cannot_be_used(command, options, refused, tmp_path):
+    assert "nowhere.pt" in refused(command, **options, reward_model=tmp_path / "nowhere.pt")
+    error = refused(command, **options, reward_model=tiny.checkpoint(tmp_path / "policy.pt"))
+    assert "policy.pt" in error and "GPT" in error
+
+
+# --- settings -----------------------------------------------------------------------------------------------------
+
+def test_a_group_of_one_has_no_baseline(refused):
+    assert "group" in refused(grpo, group_size=1)
+
+
+def test_ppo_does_without_groups(tmp_path):
+    works(ppo, tmp_path, group_size=1)
+    assert len(read_csv(tmp_path / "run/metrics.csv")) == 2
+
+
+@LOOPS
+def test_minibatches_do_not_divide(command, refused):
+    assert "minibatches" in refused(command, minibatches=3)
+
+
+@LOOPS
+def test_kl_in_the_reward_needs_k1(command, refused):
+    for kl in "k2", "k3":
+        assert "k1" in refused(command, kl_in="reward", kl=kl)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_cuda_device(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    module, config = COMMANDS[name]
+    if not hasattr(config, "device"):
+        pytest.skip("computes nothing")
+    words = ["tuning"] if name == "study" else []
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: module.main(words + ["--device", "cuda"]))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and error.startswith("error: ") and "CUDA" in error and error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+NO_NUMBERS = [    # (commands, option, values that make no sense)
+    ((grpo, ppo), "steps", [0, -1]), ((grpo, ppo), "prompts_per_step", [0, -4]), ((grpo, ppo), "group_size", [0, -3]),
+    ((grpo, ppo), "epochs", [0, -1]), ((grpo, ppo), "minibatches", [0, -1]), ((grpo, ppo), "max_new_tokens", [0, -1]),
+    ((grpo, ppo), "lr", [-1, "nan", "inf"]), ((grpo, ppo), "temperature", [0, -1, "nan"]), ((grpo, ppo), "beta", [-1, "nan"]),
+    ((grpo, ppo), "max_grad_norm", [0, -1]), ((grpo, ppo), "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
+    ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]), ((ppo,), "value_clip", [-1]),
+    ((pretrain, sft, reward_model), "steps", [0, -1]), ((pretrain, sft, reward_model), "batch_size", [0, -4]),
+    ((pretrain, sft, reward_model), "lr", [-1, "nan", "inf"]), ((pretrain, sft, reward_model), "warmup", [-1]),
+    ((pretrain,), "heads", [0, -2, 3]), ((pretrain,), "width", [0, -16]), ((pretrain,), "layers", [0, -1]),
+    ((pretrain,), "context", [0, -1]), ((sample,), "answers", [0, -1]), ((sample,), "temperature", [-1, "nan"]),
+    ((sample,), "max_new_tokens", [0, -1, 64]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
+    ((evaluate,), "temperature", [0, -1, "nan"]), ((compare,), "seeds", [0, -1]), ((compare,), "steps", [-1]),
+    ((compare,), "eval_prompts", [0, -1]), ((compare,), "rewards", ["", "corect"]), ((compare,), "algorithms", ["", "PPO2"]),
+]
+
+
+@pytest.mark.parametrize("command, option, value", [
+    pytest.param(command, option, value, id=f"{command.__name__[9:]}-{option}-{value}")
+    for commands, option, values in NO_NUMBERS for command in commands for value in values])
+def test_settings_that_make_no_sense(command, option, value, refused):
+    error = refused(command, *(["--prompt", "hello"] if command is sample else []), **{option: value})
+    assert option in error.replace("-", "_") or option.replace("_", " ") in error, f"{error} does not name {option}"
+
+
+def test_a_supervised_run_needs_no_warmup(tmp_path):
+    works(sft, tmp_path, warmup=0)
+
+
+@pytest.mark.parametrize("command", [pretrain, sft, grpo])
+def test_run_folder_that_cannot_be_made(command, refused, tmp_path):
+    (tmp_path / "file").write_text("here already")
+    for path in tmp_path / "file", tmp_path / "file/run":
+        assert str(path) in refused(command, run=path)
+    assert (tmp_path / "file").read_text() == "here already"
+
+
+def test_a_question_that_is_too_long(refused):
+    assert "context" in refused(sample, prompt="cow " * 100)
+
+
+@pytest.mark.parametrize("domain", ["arithmetic", "animals"])
+def test_a_context_that_is_too_short_to_evaluate(domain, refused, tmp_path):
+    path = tiny.checkpoint(tmp_path / "short.pt", context=24)
+    assert "context" in refused(evaluate, checkpoint=path, opponent=path, domain=domain, prompts=2)
+
+
+# --- divergence ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("steps", [6, 1])
+@pytest.mark.parametrize("command", [grpo, ppo, sft, pretrain, reward_model])
+def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
+    more = dict(reward="learned", reward_model=tiny.reward_checkpoint(tmp_path / "r.pt")) if command in (grpo, ppo) else {}
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: works(command, tmp_path, lr="3e38", steps=steps, **(dict(warmup=1) if not more else more)))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.count("\n") == 1 and error.startswith("error: ") and "learning rate" in error
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert all(value.isfinite().all() for value in checkpoint["model"].values())
+    load_model(tmp_path / "run/checkpoint.pt", "ScalarGPT" if command is reward_model else "GPT")
+
+
+# --- run folders --------------------------------------------------------------------------------------------------
+
+def test_an_earlier_run_is_kept(tmp_path):
+    for expected in ["run"], ["run", "run.1"], ["run", "run.1", "run.2"]:
+        before = snapshot(tmp_path)
+        works(grpo, tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("run*")) == expected
+        kept = {name.replace("run/", f"{expected[-1]}/"): content for name, content in before.items()}
+        assert len(expected) == 1 or {name: snapshot(tmp_path)[name] for name in kept if "run/" not in name}.items() <= kept.items()
+
+
+def test_going_on_with_other_settings_is_refused(tmp_path, refused):
+    for path in (tmp_path / "run").iterdir():
+        path.unlink()
+    (tmp_path / "run").rmdir()
+    works(grpo, tmp_path)
+    assert "lr" in refused(grpo, "--resume", lr=0.5)
+    assert "prompts" in refused(grpo, "--resume", prompts=tiny.prompts(tmp_path / "prompts.jsonl", 11), prompts_per_step=4)
+    works(grpo, tmp_path, "--resume")
+    assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("damage", ["config.json", "metrics.csv", "samples.jsonl", "checkpoint.pt"])
+@pytest.mark.parametrize("content", [None, "", "{", '{"step": 1}\n', "step\nnone\n"])
+def test_going_on_with_a_damaged_run(damage, content, tmp_path, refused):
+    """A damaged metrics.csv or samples.jsonl may be mended or refused; nothing may crash."""
+    for path in (tmp_path / "run").iterdir():
+        path.unlink()
+    (tmp_path / "run").rmdir()
+    works(grpo, tmp_path, steps=2)
+    (tmp_path / "run" / damage).unlink() if content is None else (tmp_path / "run" / damage).write_text(content)
+    if damage == "config.json" and content is None:
+        works(grpo, tmp_path, "--resume")                      # without it this is no run, and a new one begins
+    elif damage in ("config.json", "checkpoint.pt"):
+        refused(grpo, "--resume")
+    else:
+        try:
+            works(grpo, tmp_path, "--resume")
+        except runs.UserError as error:
+            assert damage in str(error)
+
+
+# --- talking to a checkpoint --------------------------------------------------------------------------------------
+
+def test_sample_answers(tmp_path, capsys):
+    works(sample, tmp_path, prompt="what does a cow eat?", answers=3, max_new_tokens=5,
+          reward_model=tiny.reward_checkpoint(tmp_path / "r.pt"))
+    first = capsys.readouterr().out
+    assert first.count("(score ") == 3
+    works(sample, tmp_path, prompt="what does a cow eat?", answers=3, max_new_tokens=5, reward_model=tmp_path / "r.pt")
+    assert capsys.readouterr().out == first, "the same seed gives the same answers"
+
+
+def test_sample_reads_questions_until_an_empty_line(tmp_path, capsys, monkeypatch):
+    questions = iter(["hello", "<|end|><think> \u00fc", ""])
+    monkeypatch.setattr("builtins.input", lambda *_: next(questions))
+    works(sample, tmp_path, answers=1, max_new_tokens=5)
+    assert next(questions, "none left") == "none left"
+
+    def end(*_):
+        raise EOFError
+    monkeypatch.setattr("builtins.input", end)
+    works(sample, tmp_path)
+
+
+# --- as a user starts them ----------------------------------------------------------------------------------------
+
+def start(words, folder):
+    environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT))
+    return subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            cwd=folder, env=environment)
+
+
+def test_a_mistake_in_a_shell(tmp_path):
+    process = start(["grpo_min.grpo", *arguments(grpo, tmp_path, group_size=1)], tmp_path)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 2 and out == "" and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_ctrl_c_in_a_shell_and_what_it_says_to_go_on(tmp_path):
+    process = start(["grpo_min.grpo", *arguments(grpo, tmp_path, run=tmp_path / "my run", steps=300)], tmp_path)
+    while not process.stdout.readline().startswith("step 1/300"):
+        assert process.poll() is None, process.stderr.read()
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error
+    command = next(line for line in error.splitlines() if "go on with: " in line).split("go on with: ")[1]
+    python, dash_m, *words = shlex.split(command)
+    done = load_checkpoint(tmp_path / "my run/checkpoint.pt")["step"]
+    assert (python, dash_m) == ("python", "-m") and 0 < done < 300
+    process = start(words, tmp_path)
+    out, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error
+    assert f"step {done + 1}/300" in out and "step 1/300" not in out
+    assert [row["step"] for row in read_csv(tmp_path / "my run/metrics.csv")] == list(range(300))
