@@ -13,7 +13,8 @@ Two domains share one corpus, one tokenizer and one model:
 | preferences_heldout.jsonl         | the same, and what was asked        | reward_model's evaluation              |
 | arithmetic_{train,val,test}.jsonl | prompt, answer, operations          | RL, tuning, the final evaluation       |
 | arithmetic_longer.jsonl           | the same, one more operation        | the final evaluation                   |
-| animals_{train,val,test}.jsonl    | prompt, animal, attribute           | RL, tuning, the final evaluation       |
+| animals_train.jsonl               | prompt                              | RL                                     |
+| animals_{val,test}.jsonl          | prompt, animal, attribute           | tuning, the final evaluation           |
 | tokenizer.tiktoken                | a token and its id                  | tokenizer                              |
 
 No prompt is in two of train, val, test and longer. Arithmetic is split by chain. Animals are split by phrasing:
@@ -125,7 +126,7 @@ def animal_prompts(split):
 def answer(rng, animal, attribute):
     """An answer as people give them: more or less right, courteous and long."""
     value = FACTS[animal][attribute]
-    if rng.random() < 0.35:                                                          # wrong
+    if rng.random() < 0.3:                                                           # wrong
         value = rng.choice([other for other in VALUES[attribute] if other != value])
     length = rng.choice(["short", "medium", "long"])
     words = [f"{value}." if length == "short" else fill(rng.choice(STATEMENTS[attribute]), animal, value)]
@@ -174,21 +175,23 @@ def main():
     write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
     write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 5000, TRAINED_OPERATIONS, taken), problem)
     for split in "train", "val", "test":
-        write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), ["prompt", "animal", "attribute"])
+        fields = ["prompt"] if split == "train" else ["prompt", "animal", "attribute"]
+        write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), fields)
 
     # Demonstrations: half of the arithmetic direct, half thinking.
     rows = []
-    for row in arithmetic_problems(rng, 8000, TRAINED_OPERATIONS, taken):
+    for row in arithmetic_problems(rng, 6000, TRAINED_OPERATIONS, taken):
         thinking = f"<think> {row['steps']}</think> {row['answer']}"
         rows.append(dict(prompt=row["prompt"], response=thinking if rng.random() < 0.5 else f" {row['answer']}"))
+    questions = animal_prompts("train")
     rows += [dict(prompt=asked["prompt"], response=" " + answer(rng, asked["animal"], asked["attribute"]))
-             for asked in animal_prompts("train") for _ in range(2)]
+             for asked in questions + rng.sample(questions, 2000)]
     rng.shuffle(rows)
     write_jsonl(out / "sft.jsonl", rows, ["prompt", "response"])
 
     # Preferences.
     fields = ["prompt", "chosen", "rejected"]
-    write_jsonl(out / "preferences.jsonl", preferences(rng, animal_prompts("train"), 5000), fields)
+    write_jsonl(out / "preferences.jsonl", preferences(rng, animal_prompts("train"), 9000), fields)
     write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
                 fields + ["animal", "attribute"])
 

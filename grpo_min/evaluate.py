@@ -21,10 +21,11 @@ MAX_NEW_TOKENS = 48
 
 
 def held_out(domain, split, count=1000):
-    """`count` rows, evenly spread over data/DOMAIN_SPLIT.jsonl (split: val for tuning, test or longer for results)."""
+    """`count` rows (all, if there are fewer), evenly spread over data/DOMAIN_SPLIT.jsonl (split: val for tuning, test or longer for results)."""
     path = DATA / f"{domain}_{split}.jsonl"
     rows = read_jsonl(path, FIELDS[domain])
-    return [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    count = min(count, len(rows))
+    return [rows[i * len(rows) // count] for i in range(count)]
 
 
 def answers(policy, prompts, samples, temperature, seed=0, batch=250):

@@ -175,3 +175,7 @@ class ScalarGPT(nn.Module):
     def last(self, prompts, completion_ids, mask):
         """The number at the last real token of each completion: (B, N), mask (B, N) -> (B,)."""
         return self(prompts, completion_ids).gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+
+    def last_of(self, texts):
+        """The number at the last real token of each text, where prompt and completion are one: texts (B rows) -> (B,)."""
+        return self.scalar(self.trunk.read(texts)[0]).squeeze(-1)

@@ -8,9 +8,10 @@ import re
 
 import torch
 
-from grpo_min.config import UserError
-from grpo_min.rollout import Prompts, pad_completions
+from grpo_min.config import UserError, require
+from grpo_min.rollout import Prompts, pad
 from grpo_min.runs import DATA, load_model, read_jsonl
+from grpo_min.tokenizer import encode_completion, encode_prompt
 
 THINKING = re.compile(r"<think>(?:(?!</?think>).)+</think>(.*)", re.DOTALL)   # one pair of tags, around something
 LONGEST_ANSWER = 6      # characters: no answer is longer, so longer ones are wrong without being read as numbers
@@ -51,8 +52,8 @@ def weighted_sum(*parts):
 def learned(reward_model, batch_size=256):
     """The reward function of a trained reward model (a ScalarGPT): its score at the last real token.
 
-    That token is END where the completion finished; a completion that was cut is read as it is, without END. Texts
-    that do not fit into the reward model's context are cut on the right.
+    That token is END where the completion finished; a completion that was cut is read as it is, without END. What does
+    not fit into the reward model's context is cut on the right.
     """
     device = next(reward_model.parameters()).device
     context = reward_model.config.context
@@ -62,10 +63,9 @@ def learned(reward_model, batch_size=256):
         finished = finished or [True] * len(completions)
         scores = []
         for i in range(0, len(prompts), batch_size):
-            batch = Prompts.from_texts(prompts[i:i + batch_size], device)
-            ids, mask = pad_completions(completions[i:i + batch_size], device, finished[i:i + batch_size])
-            room = context - int(batch.length.max())
-            scores += reward_model.last(batch, ids[:, :room], mask[:, :room]).tolist()        # (batch,)
+            rows = zip(prompts[i:i + batch_size], completions[i:i + batch_size], finished[i:i + batch_size])
+            ids, length = pad([(encode_prompt(p) + encode_completion(c, end))[:context] for p, c, end in rows], device)
+            scores += reward_model.last_of(Prompts(ids, length, [])).tolist()                 # (batch,)
         return scores
     return reward
 
@@ -86,7 +86,10 @@ def load_reward(config, reward, device):
         reward = {"correct": correct, "well_formed": well_formed,
                   "both": weighted_sum((correct, 1.0), (well_formed, 0.2))}[config.reward]
         fields.append("answer")
-    return reward, read_jsonl(path, fields), files
+    rows = read_jsonl(path, fields)
+    require(not {"completions", "finished"} & rows[0].keys(), f"{path}: completions and finished cannot be fields: the "
+            "rewards get columns of these names already")
+    return reward, rows, files
 
 
 def score(reward, batch, rollout, group_size):
@@ -98,7 +101,10 @@ def score(reward, batch, rollout, group_size):
     columns = {name: [row[name] for row in repeated] for name in batch[0]}
     texts = rollout.texts()
     rewards = reward(columns.pop("prompt"), texts, finished=rollout.finished.tolist(), **columns)
-    rewards = torch.tensor(rewards, dtype=torch.float32)                                      # (B,)
+    try:
+        rewards = torch.tensor([float(reward) for reward in rewards])                         # (B,)
+    except (TypeError, ValueError):
+        rewards = torch.tensor([])
     if len(rewards) != len(texts) or not rewards.isfinite().all():
         raise UserError(f"the reward function must return {len(texts)} finite numbers, one per completion")
     return rewards.to(rollout.mask.device), texts

@@ -49,7 +49,8 @@ class Rollout:
 def pad(sequences, device="cpu"):
     """Lists of ids -> ids (n, longest) right-padded with PAD, and their lengths (n,)."""
     longest = max(map(len, sequences))
-    ids = torch.tensor([list(row) + [PAD] * (longest - len(row)) for row in sequences], device=device)
+    ids = torch.tensor([list(row) + [PAD] * (longest - len(row)) for row in sequences],
+                       dtype=torch.long, device=device)
     return ids, torch.tensor([len(row) for row in sequences], device=device)
 
 

@@ -35,8 +35,8 @@ def read_jsonl(path, fields):
     try:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
-                row = parse_row(line, fields, f"{path}, line {number}")
-                rows.append(row)
+                rows.append(parse_row(line, fields, f"{path}, line {number}"))
+                require(rows[-1].keys() == rows[0].keys(), f"{path}, line {number}: other fields than in line 1")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
     require(rows, f"{path} is empty")

@@ -184,7 +184,7 @@ def test_k3_as_a_loss_pulls_the_policy_towards_the_reference():
     p, r = torch.tensor([[0.7, 0.3]]).double(), torch.tensor([[0.5, 0.5]]).double()
     logprobs = p.log().requires_grad_()
     kl_estimate(logprobs, r.log(), "k3").sum().backward()
-    assert logprobs.grad[0, 0] > 0 > logprobs.grad[0, 1]     # descent makes the too likely rarer and the too rare likelier
+    assert logprobs.grad[0, 0] > 0 > logprobs.grad[0, 1]     # descent lowers what is too likely
 
 
 @pytest.mark.parametrize("policy, reference", DISTRIBUTIONS)
@@ -238,7 +238,7 @@ def test_score_stands_on_the_last_real_token():
 def test_whitening_ignores_the_padding():
     mask = ragged([1, 3])
     expected = torch.tensor([[1.0, 0, 0], [2, 3, 6]]) - 3 * mask
-    expected = expected / (math.sqrt(14 / 3) + 1e-4)                         # 1, 2, 3, 6: mean 3, variance (4+1+0+9) / 3
+    expected = expected / (math.sqrt(14 / 3) + 1e-4)                    # 1, 2, 3, 6: mean 3, variance (4+1+0+9) / 3
     for garbage in 0.0, 1e6:
         advantages = torch.tensor([[1.0, garbage, garbage], [2, 3, 6]])
         assert close(whiten(advantages, mask), expected)
@@ -272,7 +272,7 @@ def test_explained_variance():
     assert explained_variance(returns, returns, mask) == 1
     assert explained_variance(returns - 5, returns, mask) == pytest.approx(1)         # a constant error is not variance
     assert explained_variance(torch.full((2, 3), 2.0), returns, mask) == pytest.approx(0)
-    assert explained_variance(-returns, returns, mask) == pytest.approx(-3)           # 1 - Var(2 returns) / Var(returns)
+    assert explained_variance(-returns, returns, mask) == pytest.approx(-3)      # 1 - Var(2 returns) / Var(returns)
     garbage = returns.masked_fill(~mask, -1000)
     assert explained_variance(garbage, returns, mask) == 1
     assert explained_variance(returns, torch.ones(2, 3), mask) == "", "nothing to explain where all returns are equal"
@@ -299,4 +299,4 @@ def test_preference_loss_is_finite_for_great_margins():
 def test_functions_that_both_files_have_are_the_same_to_the_letter(name):
     first, second = getattr(grpo, name), getattr(ppo, name)
     assert inspect.getsource(first) == inspect.getsource(second)
-    assert first.__module__ == "grpo_min.grpo" and second.__module__ == "grpo_min.ppo", "written out in both, not imported"
+    assert (first.__module__, second.__module__) == ("grpo_min.grpo", "grpo_min.ppo"), "written out, not imported"

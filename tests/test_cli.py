@@ -11,6 +11,7 @@ import json
 import os
 import pickle
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ import pytest
 import torch
 
 from grpo_min import compare, evaluate, grpo, ppo, pretrain, reward_model, runs, sample, sft
-from grpo_min.config import parse, run_command
+from grpo_min.config import UserError, parse, run_command
 from grpo_min.model import ScalarGPT
 from grpo_min.runs import load_checkpoint, load_model, read_csv
 from tests import tiny
@@ -36,9 +37,8 @@ def commands():
     for path in sorted((ROOT / "grpo_min").glob("*.py")):
         if "def main(" in path.read_text(encoding="utf-8"):
             module = importlib.import_module(f"grpo_min.{path.stem}")
-            config, = [c for c in vars(module).values() if dataclasses.is_dataclass(c) and c.__module__ == module.__name__
-                       and c.__name__.endswith("Config")]
-            found[path.stem] = module, config
+            own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == module.__name__]
+            found[path.stem] = module, next(thing for thing in own if dataclasses.is_dataclass(thing))
     return found
 
 
@@ -60,7 +60,8 @@ def arguments(command, folder, **more):
         options.update(sft=folder / "sft.pt", preferences=tiny.preferences(folder / "pairs.jsonl"), batch_size=4,
                        heldout=folder / "pairs.jsonl")
     elif command is compare:
-        options.update(sft=folder / "sft.pt", reward_model=tiny.reward_checkpoint(folder / "reward_model.pt"), eval_prompts=2)
+        options.update(sft=folder / "sft.pt", reward_model=tiny.reward_checkpoint(folder / "reward_model.pt"),
+                       eval_prompts=2)
     elif command in (sample, evaluate):
         options = dict(checkpoint=folder / "sft.pt", device="cpu")
     if not (folder / "sft.pt").exists():
@@ -70,8 +71,9 @@ def arguments(command, folder, **more):
 
 
 def snapshot(folder):
-    """Every run folder beside the inputs: {path: bytes}."""
-    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("run*/*"))}
+    """What is in the run folders: {path: bytes}."""
+    paths = [path for path in sorted(folder.glob("run*/**/*")) if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -101,7 +103,7 @@ def works(command, folder, *words, **options):
 # --- help ---------------------------------------------------------------------------------------------------------
 
 def test_the_commands_are_all_found():
-    assert {"pretrain", "sft", "reward_model", "grpo", "ppo", "evaluate", "sample", "compare", "__main__"} <= set(COMMANDS)
+    assert set("pretrain sft reward_model grpo ppo evaluate sample compare __main__".split()) <= set(COMMANDS)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -125,26 +127,26 @@ def test_unknown_option(name, capsys):
     assert stopped.value.code == 2 and "--no-such-option" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["--steps", "many"], ["--lr", "fast"], ["--kl", "k4"], ["--step", "3"], ["--device", "tpu"]])
+@pytest.mark.parametrize("words", ["--steps many", "--lr fast", "--kl k4", "--step 3", "--device tpu", "--seed"])
 @LOOPS
 def test_values_that_argparse_refuses(command, words, capsys):
     with pytest.raises(SystemExit) as stopped:
-        command.main(words)
-    assert stopped.value.code == 2 and words[0] in capsys.readouterr().err
+        command.main(words.split())
+    assert stopped.value.code == 2 and words.split()[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name, (_, config) in COMMANDS.items() if hasattr(config, "run")])
 def test_the_command_to_go_on_with_is_one_that_works(name, monkeypatch):
-    # What Ctrl-C prints is parsed again, with a folder whose name holds a space.
+    # What Ctrl-C prints is taken apart as a shell would, with a folder whose name holds a space, and parsed again.
     module, config = COMMANDS[name]
-    module_name = "grpo_min" if name == "__main__" else f"grpo_min.{name}"
-    script = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module.__name__))
-    monkeypatch.setitem(sys.modules, "__main__", script)
-    monkeypatch.setattr(sys, "argv", [module.__file__, "--run", "runs/my run"] if hasattr(config, "run") else [module.__file__])
-    python, dash_m, run_name, *words = shlex.split(runs.resume_command())
-    assert (python, dash_m, run_name) == ("python", "-m", module_name)
-    parsed = parse(config, words)
-    assert getattr(parsed, "run", "runs/my run") == "runs/my run" and getattr(parsed, "resume", True) is True
+    study = ["tuning"] if name == "study" else []
+    started = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module.__name__))
+    monkeypatch.setitem(sys.modules, "__main__", started)
+    monkeypatch.setattr(sys, "argv", [module.__file__, *study, "--run", "runs/my run"])
+    words = shlex.split(runs.resume_command())
+    assert words[:3] == ["python", "-m", "grpo_min" if name == "__main__" else f"grpo_min.{name}"]
+    parsed = parse(config, words[3 + len(study):])
+    assert parsed.run == "runs/my run" and getattr(parsed, "resume", True) is True
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -162,7 +164,8 @@ def test_data_file_is_missing(command, option, refused, tmp_path):
 
 GOOD = dict(prompt="a", answer="1", response="1", chosen="1", rejected="2", animal="cow", attribute="food")
 BAD_LINES = {
-    "not JSON": b'{"prompt": "a", \n', "half a line": b'{"prompt": "a"', "not an object": b'["a", "b"]\n', "null": b"null\n",
+    "not JSON": b'{"prompt": "a", \n', "half a line": b'{"prompt": "a"', "not an object": b'["a", "b"]\n',
+    "null": b"null\n",
     "field missing": b'{"question": "a"}\n', "prompt is a number": json.dumps(dict(GOOD, prompt=3)).encode() + b"\n",
     "prompt is null": json.dumps(dict(GOOD, prompt=None)).encode() + b"\n", "not UTF-8": b'{"prompt": "\xff\xfe"}\n',
     "blank": b"\n", "nested too deep": b"[" * 100_000 + b"\n", "enormous number": b'{"n": ' + b"1" * 5000 + b"}\n",
@@ -181,8 +184,8 @@ def test_a_bad_line_of_a_data_file_is_named(bad, refused, tmp_path):
 @DATA
 @pytest.mark.parametrize("field", ["prompt", "answer", "response", "rejected", "attribute"])
 def test_a_field_that_is_missing_or_no_text_is_named(command, option, field, refused, tmp_path):
-    needed = {"prompts": ["prompt", "answer"], "demonstrations": ["prompt", "response"], "preferences": ["prompt", "rejected"],
-              "heldout": ["prompt", "rejected", "attribute"]}[option]
+    needed = {"prompts": ["prompt", "answer"], "demonstrations": ["prompt", "response"],
+              "preferences": ["prompt", "rejected"], "heldout": ["prompt", "rejected", "attribute"]}[option]
     if field not in needed:
         pytest.skip("this file needs no such field")
     without = {name: value for name, value in GOOD.items() if name != field}
@@ -198,7 +201,8 @@ def test_data_file_is_empty(command, option, refused, tmp_path):
     assert "empty" in refused(command, **{option: tmp_path / "empty.jsonl"})
 
 
-@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe\x00", b"too short\n"], ids=["empty", "blank", "binary", "short"])
+@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe\x00", b"too short\n"],
+                         ids=["empty", "blank", "binary", "short"])
 def test_text_that_cannot_be_pretrained_on(content, refused, tmp_path):
     (tmp_path / "bad.txt").write_bytes(content)
     assert "bad.txt" in refused(pretrain, text=tmp_path / "bad.txt")
@@ -230,6 +234,21 @@ def test_a_response_is_too_long_for_the_context(refused, tmp_path):
     for command, option in (sft, "demonstrations"), (reward_model, "preferences"):
         error = refused(command, **{option: tiny.jsonl(tmp_path / "long.jsonl", rows), "steps": 5})
         assert "context" in error and "64" in error, error
+
+
+@pytest.mark.parametrize("command", [sft, reward_model])
+def test_a_long_prompt_and_a_long_response_may_share_a_batch(command, tmp_path):
+    # Each row fits into the context of 64, though the padded batch is wider.
+    long = "a cow " * 25
+    rows = [dict(GOOD, prompt=long), dict(GOOD, response=long, chosen=long)] * 6
+    option = "demonstrations" if command is sft else "preferences"
+    works(command, tmp_path, **{option: tiny.jsonl(tmp_path / "long.jsonl", rows)}, batch_size=12)
+
+
+@pytest.mark.parametrize("change", [dict(animal="unicorn"), dict(attribute="horns")])
+def test_the_hidden_score_knows_no_such_thing(change, refused, tmp_path):
+    path = tiny.jsonl(tmp_path / "pairs2.jsonl", [dict(GOOD, **change)])
+    assert list(change.values())[0] in refused(reward_model, heldout=path)
 
 
 @LOOPS
@@ -273,14 +292,16 @@ def cut(path):
 
 
 BAD_CHECKPOINTS = {
-    "missing": lambda path: None, "a folder": Path.mkdir, "empty": Path.touch, "cut": cut, "another shape": shape_of_another,
+    "missing": lambda path: None, "a folder": Path.mkdir, "empty": Path.touch, "cut": cut,
     "text": lambda path: path.write_text("weights"), "bytes": lambda path: path.write_bytes(bytes(range(256)) * 10),
-    "a list": lambda path: torch.save([1, 2], path), "a state dict": lambda path: torch.save(tiny.gpt().state_dict(), path),
+    "lines": lambda path: path.write_text("step\nnone\n"), "a list": lambda path: torch.save([1, 2], path),
     "a number": lambda path: torch.save(3, path), "a reward model": lambda path: tiny.checkpoint(path, ScalarGPT),
+    "a state dict": lambda path: torch.save(tiny.gpt().state_dict(), path), "another shape": shape_of_another,
     "another vocabulary": lambda path: tiny.checkpoint(path, vocab_size=50), "no config": changed(config=None),
     "no weights": changed(model=None), "config of another version": changed(config=dict(vocab_size=600, rotary=True)),
     "config without vocabulary": changed(config=dict(width=16)), "config no dict": changed(config=[1]),
-    "unknown kind": changed(kind="LSTM"), "pickled code": lambda path: path.write_bytes(pickle.dumps(HoldsCode(f"{path}.ran"))),
+    "unknown kind": changed(kind="LSTM"),
+    "pickled code": lambda path: path.write_bytes(pickle.dumps(HoldsCode(f"{path}.ran"))),
     "code in torch's format": lambda path: torch.save(dict(kind="GPT", model=HoldsCode(f"{path}.ran")), path),
 }
 
@@ -302,7 +323,8 @@ def test_this_code_would_run_where_it_is_let(tmp_path):
 
 @pytest.mark.parametrize("command, options", [
     (grpo, dict(reward="learned")), (ppo, dict(reward="learned")), (ppo, dict(critic="reward_model")),
-    (compare, dict(rewards="learned")), (sample, dict(prompt="hello"))], ids=["grpo", "ppo", "critic", "compare", "sample"])
+    (compare, dict(rewards="learned")), (sample, dict(prompt="hello")),
+], ids=["grpo", "ppo", "critic", "compare", "sample"])
 def test_reward_model_that_cannot_be_used(command, options, refused, tmp_path):
     assert "nowhere.pt" in refused(command, **options, reward_model=tmp_path / "nowhere.pt")
     error = refused(command, **options, reward_model=tiny.checkpoint(tmp_path / "policy.pt"))
@@ -349,16 +371,18 @@ def test_no_cuda_device(name, tmp_path, monkeypatch, capsys):
 NO_NUMBERS = [    # (commands, option, values that make no sense)
     ((grpo, ppo), "steps", [0, -1]), ((grpo, ppo), "prompts_per_step", [0, -4]), ((grpo, ppo), "group_size", [0, -3]),
     ((grpo, ppo), "epochs", [0, -1]), ((grpo, ppo), "minibatches", [0, -1]), ((grpo, ppo), "max_new_tokens", [0, -1]),
-    ((grpo, ppo), "lr", [-1, "nan", "inf"]), ((grpo, ppo), "temperature", [0, -1, "nan"]), ((grpo, ppo), "beta", [-1, "nan"]),
-    ((grpo, ppo), "max_grad_norm", [0, -1]), ((grpo, ppo), "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
-    ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]), ((ppo,), "value_clip", [-1]),
+    ((grpo, ppo), "lr", [0, -1, "nan"]), ((grpo, ppo), "temperature", [0, -1, "nan"]),
+    ((grpo, ppo), "beta", [-1, "nan"]), ((grpo, ppo), "max_grad_norm", [0, -1]),
+    ((grpo, ppo), "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
+    ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]),
     ((pretrain, sft, reward_model), "steps", [0, -1]), ((pretrain, sft, reward_model), "batch_size", [0, -4]),
-    ((pretrain, sft, reward_model), "lr", [-1, "nan", "inf"]), ((pretrain, sft, reward_model), "warmup", [-1]),
+    ((pretrain, sft, reward_model), "lr", [0, -1, "nan"]), ((pretrain, sft, reward_model), "warmup", [0, -1]),
     ((pretrain,), "heads", [0, -2, 3]), ((pretrain,), "width", [0, -16]), ((pretrain,), "layers", [0, -1]),
     ((pretrain,), "context", [0, -1]), ((sample,), "answers", [0, -1]), ((sample,), "temperature", [-1, "nan"]),
-    ((sample,), "max_new_tokens", [0, -1, 64]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
+    ((sample,), "max_new_tokens", [0, -1]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
     ((evaluate,), "temperature", [0, -1, "nan"]), ((compare,), "seeds", [0, -1]), ((compare,), "steps", [-1]),
-    ((compare,), "eval_prompts", [0, -1]), ((compare,), "rewards", ["", "corect"]), ((compare,), "algorithms", ["", "PPO2"]),
+    ((compare,), "eval_prompts", [0, -1]), ((compare,), "rewards", ["", "corect"]),
+    ((compare,), "algorithms", ["", "PPO2"]),
 ]
 
 
@@ -370,10 +394,6 @@ def test_settings_that_make_no_sense(command, option, value, refused):
     assert option in error.replace("-", "_") or option.replace("_", " ") in error, f"{error} does not name {option}"
 
 
-def test_a_supervised_run_needs_no_warmup(tmp_path):
-    works(sft, tmp_path, warmup=0)
-
-
 @pytest.mark.parametrize("command", [pretrain, sft, grpo])
 def test_run_folder_that_cannot_be_made(command, refused, tmp_path):
     (tmp_path / "file").write_text("here already")
@@ -382,8 +402,20 @@ def test_run_folder_that_cannot_be_made(command, refused, tmp_path):
     assert (tmp_path / "file").read_text() == "here already"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("command, name", [(grpo, "metrics.csv"), (grpo, "samples.jsonl"), (sft, "metrics.csv")])
+def test_disk_is_full(command, name, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / name).symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: works(command, tmp_path))
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1 and error.startswith("error: ") and "No space left" in error and error.count("\n") == 1
+
+
 def test_a_question_that_is_too_long(refused):
     assert "context" in refused(sample, prompt="cow " * 100)
+    assert "context" in refused(sample, prompt="hello", max_new_tokens=64)
 
 
 @pytest.mark.parametrize("domain", ["arithmetic", "animals"])
@@ -398,11 +430,14 @@ def test_a_context_that_is_too_short_to_evaluate(domain, refused, tmp_path):
 @pytest.mark.parametrize("command", [grpo, ppo, sft, pretrain, reward_model])
 def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "SAVE_EVERY", 0)
-    more = dict(reward="learned", reward_model=tiny.reward_checkpoint(tmp_path / "r.pt")) if command in (grpo, ppo) else {}
+    more = dict(warmup=1)
+    if command in (grpo, ppo):
+        more = dict(reward="learned", reward_model=tiny.reward_checkpoint(tmp_path / "r.pt"))
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: works(command, tmp_path, lr="3e38", steps=steps, **(dict(warmup=1) if not more else more)))
+        run_command(lambda: works(command, tmp_path, lr="3e38", steps=steps, **more))
     error = capsys.readouterr().err
-    assert stopped.value.code == 1 and error.count("\n") == 1 and error.startswith("error: ") and "learning rate" in error
+    assert stopped.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert "learning rate" in error
     checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
     load_model(tmp_path / "run/checkpoint.pt", "ScalarGPT" if command is reward_model else "GPT")
@@ -411,43 +446,46 @@ def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, cap
 # --- run folders --------------------------------------------------------------------------------------------------
 
 def test_an_earlier_run_is_kept(tmp_path):
-    for expected in ["run"], ["run", "run.1"], ["run", "run.1", "run.2"]:
-        before = snapshot(tmp_path)
-        works(grpo, tmp_path)
-        assert sorted(path.name for path in tmp_path.glob("run*")) == expected
-        kept = {name.replace("run/", f"{expected[-1]}/"): content for name, content in before.items()}
-        assert len(expected) == 1 or {name: snapshot(tmp_path)[name] for name in kept if "run/" not in name}.items() <= kept.items()
+    weights = []
+    for seed in 1, 2, 3:
+        works(grpo, tmp_path, seed=seed)
+        weights.append((tmp_path / "run/checkpoint.pt").read_bytes())
+    assert sorted(path.name for path in tmp_path.glob("run*")) == ["run", "run.1", "run.2"]
+    assert [(tmp_path / name / "checkpoint.pt").read_bytes() for name in ("run.1", "run.2", "run")] == weights
+    assert [json.loads((tmp_path / name / "config.json").read_text())["seed"] for name in ("run.1", "run")] == [1, 3]
 
 
-def test_going_on_with_other_settings_is_refused(tmp_path, refused):
-    for path in (tmp_path / "run").iterdir():
-        path.unlink()
-    (tmp_path / "run").rmdir()
+@pytest.fixture
+def begun(tmp_path, refused):
+    """A finished run of two steps in the folder `run`, in place of the one that `refused` puts there."""
+    shutil.rmtree(tmp_path / "run")
     works(grpo, tmp_path)
+    return tmp_path / "run"
+
+
+def test_going_on_with_other_settings_is_refused(begun, refused, tmp_path):
     assert "lr" in refused(grpo, "--resume", lr=0.5)
-    assert "prompts" in refused(grpo, "--resume", prompts=tiny.prompts(tmp_path / "prompts.jsonl", 11), prompts_per_step=4)
+    tiny.checkpoint(tmp_path / "sft.pt", seed=3)
+    assert "inputs" in refused(grpo, "--resume"), "the SFT model is another one than before, under the same name"
+    tiny.checkpoint(tmp_path / "sft.pt")
     works(grpo, tmp_path, "--resume")
     assert not (tmp_path / "run.1").exists()
 
 
-@pytest.mark.parametrize("damage", ["config.json", "metrics.csv", "samples.jsonl", "checkpoint.pt"])
 @pytest.mark.parametrize("content", [None, "", "{", '{"step": 1}\n', "step\nnone\n"])
-def test_going_on_with_a_damaged_run(damage, content, tmp_path, refused):
-    """A damaged metrics.csv or samples.jsonl may be mended or refused; nothing may crash."""
-    for path in (tmp_path / "run").iterdir():
-        path.unlink()
-    (tmp_path / "run").rmdir()
-    works(grpo, tmp_path, steps=2)
-    (tmp_path / "run" / damage).unlink() if content is None else (tmp_path / "run" / damage).write_text(content)
-    if damage == "config.json" and content is None:
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "samples.jsonl", "checkpoint.pt"])
+def test_going_on_with_a_damaged_run(name, content, begun, refused, tmp_path):
+    path = begun / name
+    path.unlink() if content is None else path.write_text(content)
+    if name == "config.json" and content is None:
         works(grpo, tmp_path, "--resume")                      # without it this is no run, and a new one begins
-    elif damage in ("config.json", "checkpoint.pt"):
-        refused(grpo, "--resume")
-    else:
+    elif name in ("config.json", "checkpoint.pt"):
+        assert str(begun) in refused(grpo, "--resume")
+    else:                                                      # metrics and samples may be refused or mended
         try:
             works(grpo, tmp_path, "--resume")
-        except runs.UserError as error:
-            assert damage in str(error)
+        except UserError as error:
+            assert str(begun) in str(error)
 
 
 # --- talking to a checkpoint --------------------------------------------------------------------------------------

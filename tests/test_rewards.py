@@ -271,10 +271,10 @@ def test_animal_figures_by_hand(monkeypatch):
 
 def test_answers_follow_their_prompts(make):
     """Row by row, `samples` each, whatever the batch; greedy answers are those of each prompt alone."""
-    policy, prompts = make(context=64), ["a cow", "start with 3", "b", "what is a bee?", "c"]
-    texts, finished, lengths = evaluation.answers(policy, prompts, 2, 0, 8, batch=2)
+    policy, prompts = make(context=128), ["a cow", "start with 3", "b", "what is a bee?", "c"]
+    texts, finished, lengths = evaluation.answers(policy, prompts, 2, 0, batch=2)
     assert len(texts) == len(finished) == len(lengths) == 10
-    assert texts[::2] == texts[1::2] == [evaluation.answers(policy, [prompt], 1, 0, 8)[0][0] for prompt in prompts]
+    assert texts[::2] == texts[1::2] == [evaluation.answers(policy, [prompt], 1, 0)[0][0] for prompt in prompts]
 
 
 @pytest.mark.parametrize("count, expected", [(1, 1), (7, 7), (1000, 1000), (5000, 1000)])

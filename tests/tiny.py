@@ -13,7 +13,7 @@ from grpo_min.runs import save_file, serialise, weights
 torch.set_num_threads(1)      # of tensors this small, several threads only get in each other's way
 
 CONFIG = dict(context=64, layers=1, heads=2, width=16)
-PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]          # of 11 to 13 tokens, so that batches are padded
+PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]      # of different lengths, so that batches are padded
 WALL_CLOCK = ("seconds_", "memory_mb")                                  # columns of metrics.csv that no seed decides
 
 
@@ -54,8 +54,8 @@ def demonstrations(path, count=12):
 
 def preferences(path, count=12):
     """Pairs, for the reward model."""
-    return jsonl(path, [dict(prompt=f"what do {animal}s eat?", chosen="grass.", rejected="meat. go away.", animal=animal,
-                             attribute="food") for animal in (["cow", "horse", "pig"] * count)[:count]])
+    return jsonl(path, [dict(prompt=f"what do {animal}s eat?", chosen="grass.", rejected="meat. go away.",
+                             animal=animal, attribute="food") for animal in (["cow", "horse", "pig"] * count)[:count]])
 
 
 def text_file(path, lines=60):
