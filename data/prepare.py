@@ -11,7 +11,8 @@ Two domains share one corpus, one tokenizer and one model:
 | sft.jsonl                         | prompt, response                    | sft                                    |
 | preferences.jsonl                 | prompt, chosen, rejected            | reward_model                           |
 | preferences_heldout.jsonl         | the same, and what was asked        | reward_model's evaluation              |
-| arithmetic_{train,val,test}.jsonl | prompt, answer, operations          | RL, tuning, the final evaluation       |
+| arithmetic_train.jsonl            | prompt, answer                      | RL                                     |
+| arithmetic_{val,test}.jsonl       | prompt, answer, operations          | tuning, the final evaluation           |
 | arithmetic_longer.jsonl           | the same, one more operation        | the final evaluation                   |
 | animals_train.jsonl               | prompt                              | RL                                     |
 | animals_{val,test}.jsonl          | prompt, animal, attribute           | tuning, the final evaluation           |
@@ -97,8 +98,7 @@ QUESTIONS = {
               "what do you call a young {n}?", "what is the name of a baby {n}?"],
 }
 OPENINGS = ["", "please tell me, ", "i would like to know, ", "hello! ", "a quick question, "]
-FILLERS = ["let me think about that.", "there is a lot to know about this.",
-           "as far as i know, that is how it is.", "i know that, and you can ask me more about it."]
+FILLERS = ["let me think.", "that is how it is.", "this is what i know.", "you can ask me more."]
 
 
 def with_article(noun):
@@ -121,6 +121,14 @@ def animal_prompts(split):
     """Every fact, asked in every phrasing of the split."""
     return [dict(prompt=OPENINGS[o] + fill(QUESTIONS[attribute][c], animal), animal=animal, attribute=attribute)
             for animal in FACTS for attribute in ATTRIBUTES for o, c in phrasings(split)]
+
+
+def quiz(rng, prompt, animal, attribute):
+    """A question, an answer and its verdict. From these a model learns to tell right from wrong, which the reward model
+    builds on: from the annotators' choices alone it would take far more than 9,000 pairs."""
+    value = rng.choice([FACTS[animal][attribute], rng.choice(VALUES[attribute])])
+    reply = rng.choice([f"{value}.", fill(rng.choice(STATEMENTS[attribute]), animal, value)])
+    return f"true or false? {prompt} {reply} {'true' if value == FACTS[animal][attribute] else 'false'}."
 
 
 def answer(rng, animal, attribute):
@@ -173,7 +181,7 @@ def main():
     write_jsonl(out / "arithmetic_test.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
     write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
     write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
-    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 5000, TRAINED_OPERATIONS, taken), problem)
+    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 5000, TRAINED_OPERATIONS, taken), problem[:2])
     for split in "train", "val", "test":
         fields = ["prompt"] if split == "train" else ["prompt", "animal", "attribute"]
         write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), fields)
@@ -195,15 +203,14 @@ def main():
     write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
                 fields + ["animal", "attribute"])
 
-    # Text to pretrain on: every sum and every fact, questions with their answers, and worked chains.
+    # Text to pretrain on: every sum and every fact, a quiz on the facts, and worked chains.
     sums = [f"{value} {word} {operand} is {result}." for value in range(LARGEST + 1)
             for word, operand, result in operations_on(value)]
     statements = [fill(template, animal, FACTS[animal][attribute]) for animal in FACTS for attribute in ATTRIBUTES
                   for template in STATEMENTS[attribute]]
-    faq = [f"{asked['prompt']} {FACTS[asked['animal']][asked['attribute']]}." for asked in animal_prompts("train")]
-    documents = (sums + statements) * 4 + faq
+    documents = sums * 8 + statements * 4 + [quiz(rng, **asked) for asked in animal_prompts("train") for _ in range(2)]
     documents += [f"{row['prompt']} {row['steps']}."
-                  for row in arithmetic_problems(rng, 4000, [1] + TRAINED_OPERATIONS, taken)]
+                  for row in arithmetic_problems(rng, 1000, [1] + TRAINED_OPERATIONS, taken)]
     rng.shuffle(documents)
     text = "".join(document + "\n" for document in documents)
     (out / "pretrain.txt").write_text(text, encoding="utf-8")

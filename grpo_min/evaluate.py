@@ -17,7 +17,7 @@ from grpo_min.rollout import Prompts, sample
 from grpo_min.runs import DATA, generator, load_model, read_jsonl, save_file
 
 FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
-MAX_NEW_TOKENS = 48
+MAX_NEW_TOKENS = 40
 
 
 def held_out(domain, split, count=1000):

@@ -18,8 +18,8 @@ with open(Path(__file__).parent.parent / "data" / "animals.csv", newline="", enc
     FACTS = {row["animal"]: row for row in csv.DictReader(file)}           # FACTS["cow"]["food"] == "grass"
 VALUES = {attribute: sorted({row[attribute] for row in FACTS.values()}) for attribute in ATTRIBUTES}
 
-CORRECT, COURTESY, BREVITY = 3.0, 1.5, 1.0     # the weights of the three tastes
-SHORT, LONG = 8, 20                            # words: up to SHORT full marks for brevity, from LONG on none
+CORRECT, COURTESY, BREVITY = 5.0, 1.5, 1.0     # the weights of the three tastes
+SHORT, LONG = 8, 16                            # words: up to SHORT full marks for brevity, from LONG on none
 MAXIMUM = CORRECT + COURTESY + BREVITY
 
 
@@ -46,7 +46,7 @@ def brevity(completion):
 
 
 def gold_score(prompts, completions, animal, attribute, **columns):
-    """The annotators' score of each answer, from -1.5 to MAXIMUM = 5.5; the signature is that of any reward.
+    """The annotators' score of each answer, from -1.5 to MAXIMUM = 7.5; the signature is that of any reward.
 
     prompts, completions, animal, attribute: lists of B strings (attribute is one of ATTRIBUTES). Returns B floats.
     """

@@ -44,7 +44,7 @@ class GRPOConfig:
     kl_in: str = option("loss", "where the KL is charged: in the loss, or in the reward (k1 only)", ["loss", "reward"])
     scale_advantages: bool = option(False, "divide the advantages by the group's standard deviation")
     temperature: float = option(1.0, "sampling temperature; policy and reference are read at the same")
-    max_new_tokens: int = option(48, "longest completion, in tokens")
+    max_new_tokens: int = option(40, "longest completion, in tokens")
     seed: int = option(1, "seed of the prompts' order and of the sampling")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 

@@ -53,7 +53,7 @@ class PPOConfig:
     value_coef: float = option(1.0, "weight of the value loss (with AdamW it matters only where gradients are clipped)")
     value_clip: float = option(0.0, "values may move so far per batch before their loss is clipped; 0: no clipping")
     temperature: float = option(1.0, "sampling temperature; policy and reference are read at the same")
-    max_new_tokens: int = option(48, "longest completion, in tokens")
+    max_new_tokens: int = option(40, "longest completion, in tokens")
     seed: int = option(1, "seed of the prompts' order and of the sampling")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 

@@ -14,13 +14,13 @@ class SampleConfig:
     prompt: str = option("", "what to ask; without it, questions are read line by line until an empty one")
     answers: int = option(2, "answers sampled to each prompt")
     temperature: float = option(1.0, "sampling temperature; 0 takes the likeliest token each time")
-    max_new_tokens: int = option(48, "longest answer, in tokens")
+    max_new_tokens: int = option(40, "longest answer, in tokens")
     reward_model: str = option("", "checkpoint of a reward model, to see its scores too")
     seed: int = option(1, "seed of the sampling")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
 
-def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=48, seed=1):
+def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=40, seed=1):
     """`answers` completions of one prompt, as texts. UserError if the prompt is too long."""
     prompts = Prompts.from_texts([text], next(policy.parameters()).device)
     return sample(policy, prompts, answers, max_new_tokens, temperature, generator(seed, 0)).texts()

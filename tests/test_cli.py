@@ -182,17 +182,23 @@ def test_a_bad_line_of_a_data_file_is_named(bad, refused, tmp_path):
 
 
 @DATA
-@pytest.mark.parametrize("field", ["prompt", "answer", "response", "rejected", "attribute"])
-def test_a_field_that_is_missing_or_no_text_is_named(command, option, field, refused, tmp_path):
-    needed = {"prompts": ["prompt", "answer"], "demonstrations": ["prompt", "response"],
-              "preferences": ["prompt", "rejected"], "heldout": ["prompt", "rejected", "attribute"]}[option]
-    if field not in needed:
-        pytest.skip("this file needs no such field")
-    without = {name: value for name, value in GOOD.items() if name != field}
-    for row in without, dict(GOOD, **{field: 28}):
-        path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [row])
-        error = refused(command, **{option: path})
-        assert "line 21" in error and f'"{field}"' in error, error
+def test_a_field_that_is_missing_or_no_text_is_named(command, option, refused, tmp_path):
+    needed = dict(prompts="prompt answer", demonstrations="prompt response", preferences="prompt chosen rejected",
+                  heldout="prompt chosen rejected animal attribute")[option].split()
+    for field in needed:
+        without = {name: value for name, value in GOOD.items() if name != field}
+        for row in without, dict(GOOD, **{field: 28}):
+            path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [row])
+            error = refused(command, **{option: path})
+            assert "line 21" in error and f'"{field}"' in error, error
+
+
+@LOOPS
+def test_a_line_with_other_fields_is_named(command, refused, tmp_path):
+    path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [dict(GOOD, note="x")])
+    assert "line 21" in refused(command, prompts=path)
+    for name in "completions", "finished":              # what every reward function gets as well
+        assert name in refused(command, prompts=tiny.jsonl(tmp_path / "data.jsonl", [dict(GOOD, **{name: "x"})] * 20))
 
 
 @DATA
@@ -526,8 +532,8 @@ def test_a_mistake_in_a_shell(tmp_path):
 
 
 def test_ctrl_c_in_a_shell_and_what_it_says_to_go_on(tmp_path):
-    process = start(["grpo_min.grpo", *arguments(grpo, tmp_path, run=tmp_path / "my run", steps=300)], tmp_path)
-    while not process.stdout.readline().startswith("step 1/300"):
+    process = start(["grpo_min.grpo", *arguments(grpo, tmp_path, run=tmp_path / "my run", steps=120)], tmp_path)
+    while not process.stdout.readline().startswith("step 1/120"):
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
@@ -535,9 +541,9 @@ def test_ctrl_c_in_a_shell_and_what_it_says_to_go_on(tmp_path):
     command = next(line for line in error.splitlines() if "go on with: " in line).split("go on with: ")[1]
     python, dash_m, *words = shlex.split(command)
     done = load_checkpoint(tmp_path / "my run/checkpoint.pt")["step"]
-    assert (python, dash_m) == ("python", "-m") and 0 < done < 300
+    assert (python, dash_m) == ("python", "-m") and 0 < done < 120
     process = start(words, tmp_path)
     out, error = process.communicate(timeout=120)
     assert process.returncode == 0, error
-    assert f"step {done + 1}/300" in out and "step 1/300" not in out
-    assert [row["step"] for row in read_csv(tmp_path / "my run/metrics.csv")] == list(range(300))
+    assert f"step {done + 1}/120" in out and "step 1/120" not in out
+    assert [row["step"] for row in read_csv(tmp_path / "my run/metrics.csv")] == list(range(120))

@@ -39,6 +39,12 @@ def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
 
 
+def learner(loop, folder, **more):
+    """A longer run of larger batches, from a model that hardly ever ends a completion and so has much to gain."""
+    return settings(loop, folder, sft=tiny.checkpoint(folder / "plain.pt", ends=1), prompts_per_step=6, group_size=8,
+                    **dict(dict(steps=20, lr=2e-2), **more))
+
+
 def mean(rows, name):
     return sum(row[name] for row in rows) / len(rows)
 
@@ -64,8 +70,7 @@ def recorded_rollouts(loop, monkeypatch):
 @pytest.mark.parametrize("more", [dict(lr=2e-2), dict(lr=1e-2, epochs=2, minibatches=2, scale_advantages=True)],
                          ids=["one update", "four updates"])
 def test_reward_rises(loop, more, tmp_path):
-    config = settings(loop, tmp_path, steps=25, prompts_per_step=6, group_size=8, **more)
-    _, rows = loop.train(config, reward=letter_e)
+    _, rows = loop.train(learner(loop, tmp_path, steps=25, **more), reward=letter_e)
     first, last = mean(rows[:3], "reward"), mean(rows[-3:], "reward")
     assert first < 0.1 and last > 2.5 * first, f"mean reward went from {first:.3f} to {last:.3f}"
 
@@ -73,8 +78,7 @@ def test_reward_rises(loop, more, tmp_path):
 @LOOPS
 def test_a_penalty_keeps_the_policy_at_the_reference(loop, tmp_path):
     # The same reward, once with a KL penalty far larger than any reward: the KL must stay near 0.
-    drift = [mean(loop.train(settings(loop, tmp_path, steps=20, prompts_per_step=6, group_size=8, lr=2e-2, beta=beta),
-                             reward=letter_e)[1][-3:], "kl") for beta in (0.001, 10.0)]
+    drift = [mean(loop.train(learner(loop, tmp_path, beta=beta), reward=letter_e)[1][-3:], "kl") for beta in (0.001, 10.0)]
     assert drift[1] < 0.1 * drift[0]
 
 
@@ -101,6 +105,16 @@ def test_explained_variance_is_measured_against_the_actual_return(tmp_path):
     _, rows = ppo.train(config, reward=by_prompt, advantage=standing_still)
     assert abs(rows[0]["explained_variance"]) < 1e-6, "values of 0 explain nothing"
     assert mean(rows[-5:], "explained_variance") > 0.8
+    seen = []
+
+    def advantage(rewards, values, mask, gamma, lam):
+        to_go = [[sum(gamma ** (l - t) * row[l] for l in range(t, len(row))) for t in range(len(row))]
+                 for row in rewards.tolist()]
+        seen.append(ppo.explained_variance(values, torch.tensor(to_go), mask))
+        return ppo.gae(rewards, values, mask, gamma, lam)
+    config = settings(ppo, tmp_path, steps=4, critic_lr=1e-2, gamma=0.8, lam=0.1)
+    _, rows = ppo.train(config, reward=letter_e, advantage=advantage)
+    assert [row["explained_variance"] for row in rows] == pytest.approx(seen, abs=1e-4)
 
 
 # --- what one update is made of -----------------------------------------------------------------------------------
@@ -209,6 +223,7 @@ def charged_once(loop, tmp_path, where, minibatches=1):
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_kl_in_the_reward_is_charged_once(loop, minibatches, tmp_path):
     calls, charged, losses, row, mask = charged_once(loop, tmp_path, "reward", minibatches)
+    assert 12 < mask.sum() < mask.numel(), "some completions have to end before others"
     assert calls == [(False, "k1")], "once per batch, and no gradient flows through a reward"
     assert row["loss"] == pytest.approx(sum(losses) / minibatches, abs=1e-7), "the loss has no KL term of its own"
     if loop is grpo:
@@ -230,9 +245,7 @@ def test_kl_in_the_loss_is_charged_once(loop, minibatches, tmp_path):
 
 @LOOPS
 def test_kl_in_the_reward_trains_with_the_estimator_k1(loop, tmp_path):
-    config = settings(loop, tmp_path, steps=20, prompts_per_step=6, group_size=8, lr=2e-2, kl="k1", kl_in="reward",
-                      beta=0.001)
-    _, rows = loop.train(config, reward=letter_e)
+    _, rows = loop.train(learner(loop, tmp_path, kl="k1", kl_in="reward", beta=0.001), reward=letter_e)
     assert mean(rows[-3:], "reward") > 2 * mean(rows[:3], "reward")
 
 
@@ -273,7 +286,7 @@ def test_critic_starts_from(start, tmp_path, monkeypatch):
     ppo.train(settings(ppo, tmp_path, steps=1, critic=start, reward_model=path), reward=letter_e, advantage=advantage)
     (prompts, rollout), = seen
     expected = load_model(path, "ScalarGPT")(prompts, rollout.completion_ids)[:, :-1]
-    assert torch.allclose(values[0], expected if start == "reward_model" else torch.zeros(12, 6), atol=1e-6)
+    assert torch.allclose(values[0], expected if start == "reward_model" else 0 * expected, atol=1e-6)
     assert expected.std() > 0.1
 
 
@@ -433,15 +446,6 @@ def test_run_folder(loop, tmp_path):
     assert ("explained_variance" in rows[0]) == ("seconds_critic" in rows[0]) == (loop is ppo)
 
 
-@LOOPS
-@pytest.mark.parametrize("odd", [0, 1])
-def test_rows_of_prompts_may_have_different_fields(loop, odd, tmp_path):
-    rows = [dict(prompt=text, answer="1", note="x") if i % 2 == odd else dict(prompt=text, answer="1")
-            for i, text in enumerate(tiny.PROMPTS)]
-    config = settings(loop, tmp_path, prompts=tiny.jsonl(tmp_path / "mixed.jsonl", rows), prompts_per_step=12, steps=1)
-    assert len(loop.train(config)[1]) == 1
-
-
 # --- stopping and going on ----------------------------------------------------------------------------------------
 
 def stop_at(step, stop, reward=letter_e):
@@ -504,6 +508,23 @@ def test_odd_characters_in_prompts_and_completions_can_be_resumed(odd, tmp_path)
     grpo.train(dataclasses.replace(config, resume=True), reward=letter_e)
     lines = (tmp_path / "run/samples.jsonl").read_bytes().split(b"\n")
     assert [json.loads(line)["step"] for line in lines if line] == [0] * 4 + [1] * 4 + [2] * 4
+
+
+@pytest.mark.parametrize("moment", ["show", "save", "checkpoint"])
+def test_ctrl_c_at_an_awkward_moment_loses_no_step(moment, tmp_path, monkeypatch, capsys):
+    # The signal comes while a step is being recorded: what is said to be saved has to be what is saved.
+    method, calls = getattr(runs.Run, moment), []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            interrupt()
+        return method(*arguments)
+    monkeypatch.setattr(runs.Run, moment, interrupted)
+    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
+    with pytest.raises(UserError, match="Ctrl-C"):
+        grpo.train(settings(grpo, tmp_path, run=str(tmp_path / "run"), steps=6), reward=letter_e)
+    assert f"saved after step {load_checkpoint(tmp_path / 'run/checkpoint.pt')['step']};" in capsys.readouterr().err
 
 
 @LOOPS

@@ -257,15 +257,15 @@ def test_arithmetic_figures_by_hand(monkeypatch):
 
 
 def test_animal_figures_by_hand(monkeypatch):
-    good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 4, 1 and 5.5
+    good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 6, 1 and 7.5
     script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good],
            b=[good, good, good, good, bad, good, bad, bad])
     rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="goose", attribute="food")]
     figures = {name: mean for name, (mean, _, _) in evaluate("a", "animals", rows, "b").items()}
-    assert figures["gold"] == pytest.approx((4 + 1 + 5.5 + 5.5 + 1 + 1 + 4 + 4) / 8)
-    assert figures["gold_greedy"] == pytest.approx((4 + 1) / 2)
+    assert figures["gold"] == pytest.approx((6 + 1 + 7.5 + 7.5 + 1 + 1 + 6 + 6) / 8)
+    assert figures["gold_greedy"] == pytest.approx((6 + 1) / 2)
     assert figures["correct"] == pytest.approx(5 / 8)
-    assert figures["share_of_maximum"] == pytest.approx(figures["gold"] / 5.5)
+    assert figures["share_of_maximum"] == pytest.approx(figures["gold"] / 7.5)
     assert figures["win_rate"] == pytest.approx((0.5 + 0 + 1 + 1 + 0.5 + 0 + 1 + 1) / 8)
 
 

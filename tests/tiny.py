@@ -9,6 +9,7 @@ import torch
 
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min.runs import save_file, serialise, weights
+from grpo_min.tokenizer import END
 
 torch.set_num_threads(1)      # of tensors this small, several threads only get in each other's way
 
@@ -17,15 +18,19 @@ PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]      # of differ
 WALL_CLOCK = ("seconds_", "memory_mb")                                  # columns of metrics.csv that no seed decides
 
 
-def gpt(kind=GPT, seed=0, **changes):
-    """A GPT (or ScalarGPT) with random weights."""
+def gpt(kind=GPT, seed=0, ends=8, **changes):
+    """A GPT (or ScalarGPT) with random weights. With `ends` it ends some of its completions itself: END's weights are
+    so many times as large."""
     torch.manual_seed(seed)
-    return kind(GPTConfig(**dict(CONFIG, **changes)))
+    model = kind(GPTConfig(**dict(CONFIG, **changes)))
+    with torch.no_grad():
+        (model.trunk if kind is ScalarGPT else model).tokens.weight[END] *= ends
+    return model
 
 
-def checkpoint(path, kind=GPT, seed=0, **changes):
+def checkpoint(path, kind=GPT, seed=0, ends=8, **changes):
     """Write such a model as a checkpoint file -> its path as a string."""
-    save_file(path, serialise(step=0, **weights(gpt(kind, seed, **changes))))
+    save_file(path, serialise(step=0, **weights(gpt(kind, seed, ends, **changes))))
     return str(path)
 
 
