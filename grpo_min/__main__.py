@@ -90,8 +90,8 @@ def main(argv=None):
     stage_done("reward model")
 
     title("4. GRPO and PPO, on both rewards")
-    records = compare.compare(settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file, seeds=1,
-                                       algorithms="GRPO,PPO"))
+    records = compare.compare(settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file,
+                                       seeds=1, algorithms="GRPO,PPO"))
     stage_done("GRPO and PPO on both rewards, with their evaluation")
 
     title("before and after")

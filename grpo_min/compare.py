@@ -40,7 +40,8 @@ PER_REWARD = {      # settings that depend on what is rewarded, for both algorit
 class CompareConfig:
     """Train GRPO and PPO from the same weights on the same prompts, over several seeds, and evaluate them."""
     run: str = option("runs/compare", "folder to write into; runs already in it are used again")
-    rewards: str = option("correct,learned", "what is rewarded, separated by commas: correct (arithmetic), learned (animals)")
+    rewards: str = option("correct,learned", "what is rewarded, separated by commas: correct (arithmetic) or learned "
+                          "(animals)")
     algorithms: str = option("GRPO,PPO,PPO 256x1", "which to run, separated by commas")
     seeds: int = option(1, "seeds of the RL stage: 1 to this number")
     steps: int = option(0, "batches per run; 0: the default of each algorithm")
@@ -65,8 +66,8 @@ def evaluate_or_reuse(path, config, policy, opponent, reward):
         kept = json.loads(path.read_text())
         if kept["settings"] == settings:
             return kept["figures"]
-    print(f"evaluating on {config.eval_prompts} held-out prompts of {', '.join(f'{d} ({s})' for d, s in SETS[reward])} ...",
-          flush=True)
+    sets = ", ".join(f"{domain} ({split})" for domain, split in SETS[reward])
+    print(f"evaluating on {config.eval_prompts} held-out prompts of {sets} ...", flush=True)
     figures = {f"{domain}_{split}": evaluate(policy, domain, held_out(domain, split, config.eval_prompts), opponent)
                for domain, split in SETS[reward]}
     save_file(path, json.dumps(dict(settings=settings, figures=figures), indent=1).encode())
@@ -91,8 +92,9 @@ def compare(config):
             for name in names:
                 records.append(one_run(config, folder, name, reward, seed, sft))
                 if reward == "learned":
-                    gold, gold_before = (f["animals_test"]["gold"][0] for f in (records[-1]["figures"], before))
-                    records[-1]["figures"]["animals_test"]["progress"] = [(gold - gold_before) / (MAXIMUM - gold_before)]
+                    of_set = records[-1]["figures"]["animals_test"]
+                    start = before["animals_test"]["gold"][0]
+                    of_set["progress"] = [(of_set["gold"][0] - start) / (MAXIMUM - start)]
     kept = [{name: value for name, value in record.items() if name != "rows"} for record in records]
     save_file(folder / "comparison.json", json.dumps(kept, indent=1).encode())
     write_csv(folder / "comparison.csv", [dict(algorithm=r["algorithm"], rewarded=r["reward"], seed=r["seed"],
@@ -139,12 +141,16 @@ def state_bytes(policy, config):
 # --- tables -------------------------------------------------------------------------------------------------------
 
 COLUMNS = {     # reward: [(heading, set, figure, form)]
-    "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"), ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
-                ("pass@4", "arithmetic_test", "pass@4", "{:.1%}"), ("thinking", "arithmetic_test", "thinking", "{:.1%}"),
+    "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"),
+                ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
+                ("pass@4", "arithmetic_test", "pass@4", "{:.1%}"),
+                ("thinking", "arithmetic_test", "thinking", "{:.1%}"),
                 ("one more operation", "arithmetic_longer", "accuracy", "{:.1%}"),
                 ("length (tokens)", "arithmetic_test", "length", "{:.1f}")],
-    "learned": [("gold score", "animals_test", "gold", "{:.2f}"), ("way to the maximum", "animals_test", "progress", "{:.1%}"),
-                ("wins against SFT", "animals_test", "win_rate", "{:.1%}"), ("correct", "animals_test", "correct", "{:.1%}"),
+    "learned": [("gold score", "animals_test", "gold", "{:.2f}"),
+                ("way to the maximum", "animals_test", "progress", "{:.1%}"),
+                ("wins against SFT", "animals_test", "win_rate", "{:.1%}"),
+                ("correct", "animals_test", "correct", "{:.1%}"),
                 ("length (tokens)", "animals_test", "length", "{:.1f}")],
 }
 
@@ -165,7 +171,8 @@ def tables(records):
         of_reward = [record for record in records if record["reward"] == reward]
         names = list(dict.fromkeys(record["algorithm"] for record in of_reward))
         seeds = len({record["seed"] for record in of_reward if record["algorithm"] != "SFT"})
-        title = {"correct": "Arithmetic, rewarded for right answers", "learned": "Animals, rewarded by the reward model"}
+        title = {"correct": "Arithmetic, rewarded for right answers",
+                 "learned": "Animals, rewarded by the reward model"}
         lines += [f"**{title[reward]}** (held out; mean over {seeds} seed{'s' if seeds > 1 else ''}"
                   f"{', lowest to highest' if seeds > 1 else ''})", ""]
         headings = [heading for heading, *_ in COLUMNS[reward]]

@@ -21,7 +21,10 @@ MAX_NEW_TOKENS = 40
 
 
 def held_out(domain, split, count=1000):
-    """`count` rows (all, if there are fewer), evenly spread over data/DOMAIN_SPLIT.jsonl (split: val for tuning, test or longer for results)."""
+    """`count` rows (all, if there are fewer), evenly spread over data/DOMAIN_SPLIT.jsonl.
+
+    split: val for all tuning, test or longer for results.
+    """
     path = DATA / f"{domain}_{split}.jsonl"
     rows = read_jsonl(path, FIELDS[domain])
     count = min(count, len(rows))
@@ -41,7 +44,7 @@ def answers(policy, prompts, samples, temperature, seed=0, batch=250):
 
 
 def pass_at_k(n, right, k):
-    """The unbiased estimate of P(at least one of k samples is right) from n of which `right` were (2107.03374, eq. 1)."""
+    """P(at least one of k samples is right), unbiased, from n of which `right` were (2107.03374, eq. 1)."""
     return 1 - comb(n - right, k) / comb(n, k)
 
 
@@ -87,7 +90,8 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
 
 def show(figures):
     """One line per figure: its mean and 95% interval."""
-    return "\n".join(f"  {name:17} {mean:7.3f}   ({low:.3f} to {high:.3f})" for name, (mean, low, high) in figures.items())
+    return "\n".join(f"  {name:17} {mean:7.3f}   ({low:.3f} to {high:.3f})"
+                     for name, (mean, low, high) in figures.items())
 
 
 @dataclass

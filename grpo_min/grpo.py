@@ -25,9 +25,9 @@ class GRPOConfig:
     """Stage 4: train the SFT model by GRPO. Without options: arithmetic, rewarded for right answers alone."""
     run: str = option("runs/grpo", "folder to write into")
     resume: bool = option(False, "go on from the checkpoint in --run")
-    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model: policy and reference start from it")
-    reward: str = option("correct", "what is rewarded: right answers, well-formed thinking, both (1 and 0.2), or what a "
-                         "reward model likes", ["correct", "well_formed", "both", "learned"])
+    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model: policy and reference start there")
+    reward: str = option("correct", "what is rewarded: right answers, well-formed thinking, both (1 and 0.2), or what "
+                         "a reward model likes", ["correct", "well_formed", "both", "learned"])
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
     prompts: str = option("", "JSONL with the field prompt, and answer where the reward needs it; default: data/"
                           "animals_train.jsonl for the learned reward, else data/arithmetic_train.jsonl")
@@ -94,8 +94,8 @@ def check(config):
     """A UserError for settings that cannot work."""
     require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "minibatches", "lr", "max_grad_norm",
                      "clip_eps", "temperature", "max_new_tokens")
-    require(config.group_size >= 2, f"--group-size {config.group_size}: a group needs at least 2 completions, since the "
-            "others are the baseline")
+    require(config.group_size >= 2, f"--group-size {config.group_size}: a group needs at least 2 completions, since "
+            "their mean is the baseline")
     require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
     require(config.prompts_per_step % config.minibatches == 0,
             f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches")
@@ -108,7 +108,7 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
     """GRPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
-    functions of this file; model replaces config.sft and is trained itself; evaluate(policy, step) -> dict joins each step's row.
+    functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins the step's row.
     """
     check(config)
     device = pick_device(config.device)

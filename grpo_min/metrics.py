@@ -109,11 +109,11 @@ def shown_samples(texts, rewards, advantages, batch, group_size, groups=1):
 
 
 TROUBLE = [     # (column, is it trouble?, what it means)
-    ("equal_groups", lambda v: v > 0.9, "nearly all groups have equal rewards and teach nothing: the task is solved, too "
-     "hard, or the group too small"),
+    ("equal_groups", lambda v: v > 0.9, "nearly all groups have equal rewards and teach nothing: the task is solved, "
+     "too hard, or the group too small"),
     ("truncated", lambda v: v > 0.3, "many completions are cut by the length limit: raise --max-new-tokens, or look at "
      "samples.jsonl for rambling"),
-    ("kl", lambda v: v > 30, "the policy has moved far from the reference: read samples.jsonl, raise --beta or lower --lr"),
+    ("kl", lambda v: v > 30, "the policy is far from the reference: read samples.jsonl, raise --beta or lower --lr"),
     ("entropy", lambda v: v < 0.005, "the policy is almost certain of every token and explores no more"),
     ("clip_high", lambda v: v > 0.3, "many ratios are clipped: the updates of a batch are too many or too large"),
     ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: their settings differ"),

@@ -96,7 +96,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, tanh GELU, output head tied to the embedding."""
+    """GPT-2 (Radford et al., 2019): learned positions, pre-norm blocks, tanh GELU, head tied to the embedding."""
 
     def __init__(self, config):
         super().__init__()
@@ -109,7 +109,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif name.endswith(("out.weight", "down.weight")):     # GPT-2: every layer adds twice to the residual stream
+            elif name.endswith(("out.weight", "down.weight")):     # GPT-2: each layer adds twice to the stream
                 nn.init.normal_(parameter, std=std / math.sqrt(2 * config.layers))
             elif "norm" not in name:
                 nn.init.normal_(parameter, std=std)
@@ -177,5 +177,5 @@ class ScalarGPT(nn.Module):
         return self(prompts, completion_ids).gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
     def last_of(self, texts):
-        """The number at the last real token of each text, where prompt and completion are one: texts (B rows) -> (B,)."""
+        """The number at the last real token of each text, prompt and completion in one: texts (B rows) -> (B,)."""
         return self.scalar(self.trunk.read(texts)[0]).squeeze(-1)

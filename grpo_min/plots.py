@@ -8,7 +8,8 @@ import numpy as np                                                              
 PANELS = [      # (columns of metrics.csv, label of the y axis)
     (["reward"], "reward"), (["accuracy", "thinking"], "share of completions"), (["kl"], "KL to the reference (nats)"),
     (["length"], "completion length (tokens)"), (["entropy"], "entropy (nats per token)"),
-    (["explained_variance"], "explained variance"), (["equal_groups"], "share of groups"), (["grad_norm"], "gradient norm"),
+    (["explained_variance"], "explained variance"), (["equal_groups"], "share of all-equal groups"),
+    (["grad_norm"], "gradient norm"),
 ]
 
 
@@ -70,7 +71,7 @@ def stacked(axis, names, parts, labels, ylabel):
     """Stacked bars: parts[i][j] is the height of part i in the bar of names[j]."""
     bottom = np.zeros(len(names))
     for i, (heights, label) in enumerate(zip(parts, labels)):
-        axis.bar(names, heights, bottom=bottom, label=label, color=plt.cm.Greys(0.25 + 0.6 * i / len(labels)), width=0.6)
+        axis.bar(names, heights, 0.6, bottom, label=label, color=plt.cm.Greys(0.25 + 0.6 * i / len(labels)))
         bottom += heights
     axis.set(ylabel=ylabel, ylim=(0, bottom.max() * 1.6))
     axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper left")

@@ -27,9 +27,9 @@ class PPOConfig:
     """Stage 4: train the SFT model by PPO. Without options: arithmetic, rewarded for right answers alone."""
     run: str = option("runs/ppo", "folder to write into")
     resume: bool = option(False, "go on from the checkpoint in --run")
-    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model: policy and reference start from it")
-    reward: str = option("correct", "what is rewarded: right answers, well-formed thinking, both (1 and 0.2), or what a "
-                         "reward model likes", ["correct", "well_formed", "both", "learned"])
+    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model: policy and reference start there")
+    reward: str = option("correct", "what is rewarded: right answers, well-formed thinking, both (1 and 0.2), or what "
+                         "a reward model likes", ["correct", "well_formed", "both", "learned"])
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
     prompts: str = option("", "JSONL with the field prompt, and answer where the reward needs it; default: data/"
                           "animals_train.jsonl for the learned reward, else data/arithmetic_train.jsonl")
@@ -44,7 +44,7 @@ class PPOConfig:
     beta: float = option(0.01, "weight of the KL penalty to the reference, reward per nat; 0: no reference at all")
     kl: str = option("k3", "estimator of the KL (Schulman, 2020)", ["k1", "k2", "k3"])
     kl_in: str = option("loss", "where the KL is charged: in the loss, or in the reward (k1 only)", ["loss", "reward"])
-    scale_advantages: bool = option(False, "whiten the advantages: mean 0, standard deviation 1 over the batch's tokens")
+    scale_advantages: bool = option(False, "whiten the advantages: mean 0, standard deviation 1 over all tokens")
     critic: str = option("sft", "what the value network starts from", ["sft", "reward_model"])
     critic_lr: float = option(5e-4, "learning rate of the critic (AdamW)")
     critic_warmup: int = option(0, "first steps in which only the critic learns")
@@ -59,7 +59,7 @@ class PPOConfig:
 
 
 def gae(rewards, values, mask, gamma, lam):
-    """Generalised advantage estimation (Schulman et al., 1506.02438, eq. 16): (B, N) each -> advantages, returns (B, N).
+    """Generalised advantage estimation (1506.02438, eq. 16): (B, N) each -> advantages, returns (B, N).
 
     rewards stand on the token they were given for, the completion's score on its last real token. The value after
     that token is 0, whether it is END or the length limit cut the completion there. returns = advantages + values
@@ -157,7 +157,7 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
     """PPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
-    functions of this file; model replaces config.sft and is trained itself; evaluate(policy, step) -> dict joins each step's row.
+    functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins the step's row.
     """
     check(config)
     device = pick_device(config.device)
@@ -205,7 +205,7 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
             if config.scale_advantages:
                 advantages = whiten(advantages, rollout.mask)                                 # (B, N)
 
-            # --- 6. move the policy and the critic ---------------------------------------------------------------------
+            # --- 6. move the policy and the critic -----------------------------------------------------------------
             updates = []
             for _ in range(config.epochs):
                 for part, b in split(prompts, rollout, config.minibatches):                   # b: the rows of the part
@@ -231,7 +231,7 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
             # --- 7. repeat -----------------------------------------------------------------------------------------
             drift = None if ref_logprobs is None else kl_estimate(rollout.logprobs, ref_logprobs, "k3")   # (B, N)
             row = rollout_metrics(rewards, texts, batch, rollout, config.group_size, drift)
-            actual, _ = gae(charged, torch.zeros_like(old_values), rollout.mask, config.gamma, 1.0)   # (B, N) return-to-go
+            actual, _ = gae(charged, torch.zeros_like(old_values), rollout.mask, config.gamma, 1.0)   # (B, N)
             row.update(explained_variance=explained_variance(old_values, actual, rollout.mask))
             row.update(**average(updates), **(evaluate(policy, step) if evaluate else {}))
             record(run, step, row, clock, shown_samples(texts, rewards, advantages, batch, config.group_size))

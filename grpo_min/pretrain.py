@@ -66,7 +66,7 @@ def train(config):
                           width=config.width)).to(device)
     rows_per_epoch = len(pack(documents, config.context, 0))
     batches = rows_per_epoch // config.batch_size
-    require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows: --batch-size {config.batch_size} is too many")
+    require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows, --batch-size is {config.batch_size}")
     packed = {}                                                              # {epoch: rows}, the current one only
 
     def loss_at(step):

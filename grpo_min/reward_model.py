@@ -81,7 +81,7 @@ def judge(model, pairs):
             for side in ("chosen", "rejected")]
     right = np.where(margin == 0, 0.5, margin > 0)                                            # (n,)
     ceiling = np.where(gold[0] == gold[1], 0.5, gold[0] > gold[1])                            # (n,)
-    sure = 1 / (1 + np.exp(-np.abs(margin)))                          # (n,) predicted probability of the likelier answer
+    sure = 1 / (1 + np.exp(-np.abs(margin)))                          # (n,) predicted for the likelier answer
     bins = np.minimum(((sure - 0.5) * 10).astype(int), 4)
     calibration = [[sure[bins == b].mean(), right[bins == b].mean(), int((bins == b).sum())]
                    for b in range(5) if (bins == b).any()]

@@ -215,7 +215,7 @@ class Run:
         (self.folder / "samples.jsonl").write_text("".join(samples))
 
     def checkpoint(self, step):
-        """The bytes of a checkpoint of the state after `step` steps: the first part is the model, the others as they are."""
+        """The bytes of a checkpoint of the state after `step` steps; the first part is the model."""
         model, *others = self.parts
         return serialise(step=step, **weights(self.parts[model]),
                          **{name: self.parts[name].state_dict() for name in others})

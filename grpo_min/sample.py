@@ -1,4 +1,4 @@
-"""Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?", or without a prompt, line by line."""
+"""Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?", or line by line without it."""
 from dataclasses import dataclass
 
 from grpo_min.config import option, parse, pick_device, require, require_positive, run_command

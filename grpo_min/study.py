@@ -124,8 +124,8 @@ def scores():
     rows = pack(read_documents(DATA / "pretrain.txt"), base.config.context, 0)[:50]           # (50, context + 1)
     with torch.no_grad():
         loss = F.cross_entropy(base.plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
-    pairs = read_jsonl(DATA / "preferences_heldout.jsonl", ["prompt", "chosen", "rejected", "animal", "attribute"])[:300]
-    return dict(base_loss=loss, reward_model_accuracy=judge(reward, pairs)["accuracy"][0],
+    pairs = read_jsonl(DATA / "preferences_heldout.jsonl", ["prompt", "chosen", "rejected", "animal", "attribute"])
+    return dict(base_loss=loss, reward_model_accuracy=judge(reward, pairs[:300])["accuracy"][0],
                 sft_accuracy=evaluate(sft, "arithmetic", held_out("arithmetic", "test", 200))["accuracy"][0])
 
 
@@ -137,7 +137,8 @@ def fill_in(text):
         before, after = text.index(begin) + len(begin), text.index(end)
         text = text[:before] + "\n" + (RESULTS / name).read_text(encoding="utf-8").strip() + "\n" + text[after:]
     source = Path(grpo.__file__).read_text(encoding="utf-8").splitlines()
-    lines = {match[1]: number for number, line in enumerate(source, start=1) if (match := re.search(r"# --- (\d)\.", line))}
+    lines = {banner: number for number, line in enumerate(source, start=1)
+             for banner in re.findall(r"# --- (\d)\.", line)}
     return re.sub(r"\[banner (\d)\]\(grpo_min/grpo.py#L\d*\)",
                   lambda match: f"[banner {match[1]}](grpo_min/grpo.py#L{lines[match[1]]})", text)
 

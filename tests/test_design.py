@@ -103,15 +103,15 @@ def test_lines_are_at_most_120_characters_long():
 
 # --- two versions of one file -------------------------------------------------------------------------------------
 
-CRITIC = ["critic", "value", "gae", "return", "whiten", "explained_variance", "at_last_token", "gamma", "lam", "ppo",
-          "scalargpt"]
-BASELINE = ["group", "baseline", "grpo", "2402.03300", "advantage"]
+CRITIC = ["critic", "values", "value network", "value_", "gae", "returns", "whiten", "explained_variance", "at_last_token",
+          "gamma", "lambda", "lam:", "ppo", "scalargpt"]
+BASELINE = ["group", "baseline", "grpo"]
 
 
 def without(names, text):
-    """The lines of a source, without the definitions of these functions."""
-    tree = ast.parse(text)
-    skipped = {number for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in names
+    """The lines of a source, without the module's docstring and without the definitions of these functions."""
+    body = ast.parse(text).body
+    skipped = {number for i, node in enumerate(body) if i == 0 or getattr(node, "name", None) in names
                for number in range(node.lineno, node.end_lineno + 1)}
     return [line for number, line in enumerate(text.splitlines(), start=1) if number not in skipped]
 
@@ -123,7 +123,7 @@ def unexplained(first, second):
     return {re.sub("-{4,}", "---", re.sub("  +", " ", line)) for line in differing if line and not words.search(line)}
 
 
-EXPLAINED = {       # what remains to be told apart: the rewards' shape, the warm-up, and what a checkpoint holds
+EXPLAINED = {       # what remains: the shape of rewards and advantages, the critic's warm-up, what a checkpoint holds
     "# --- 6. move the policy ---", "with torch.no_grad():", "norm = 0.0",
     "norm = update(run, policy, optimizer, objective, config.max_grad_norm)",
     "charged = rewards # (B,)",
@@ -131,6 +131,8 @@ EXPLAINED = {       # what remains to be told apart: the rewards' shape, the war
     "charged = charged - config.beta * charge * rollout.mask # (B, N)",
     "with Run(config, inputs, dict(policy=policy, optimizer=optimizer)) as run:",
     "with Run(config, inputs, parts) as run:",
+    "# --- 5. the advantage is what a completion has above it ---", "if config.scale_advantages:",
+    "advantages = advantages[:, None].expand_as(rollout.mask) # (B, N)",
 }
 OWN = ["group_advantages", "gae", "at_last_token", "whiten", "value_loss", "explained_variance", "start_critic"]
 

@@ -18,7 +18,7 @@ PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]      # of differ
 WALL_CLOCK = ("seconds_", "memory_mb")                                  # columns of metrics.csv that no seed decides
 
 
-def gpt(kind=GPT, seed=0, ends=8, **changes):
+def gpt(kind=GPT, seed=0, ends=7, **changes):
     """A GPT (or ScalarGPT) with random weights. With `ends` it ends some of its completions itself: END's weights are
     so many times as large."""
     torch.manual_seed(seed)
@@ -28,7 +28,7 @@ def gpt(kind=GPT, seed=0, ends=8, **changes):
     return model
 
 
-def checkpoint(path, kind=GPT, seed=0, ends=8, **changes):
+def checkpoint(path, kind=GPT, seed=0, ends=7, **changes):
     """Write such a model as a checkpoint file -> its path as a string."""
     save_file(path, serialise(step=0, **weights(gpt(kind, seed, ends, **changes))))
     return str(path)
