@@ -123,14 +123,6 @@ def animal_prompts(split):
             for animal in FACTS for attribute in ATTRIBUTES for o, c in phrasings(split)]
 
 
-def quiz(rng, prompt, animal, attribute):
-    """A question, an answer and its verdict. From these a model learns to tell right from wrong, which the reward model
-    builds on: from the annotators' choices alone it would take far more than 9,000 pairs."""
-    value = rng.choice([FACTS[animal][attribute], rng.choice(VALUES[attribute])])
-    reply = rng.choice([f"{value}.", fill(rng.choice(STATEMENTS[attribute]), animal, value)])
-    return f"true or false? {prompt} {reply} {'true' if value == FACTS[animal][attribute] else 'false'}."
-
-
 def answer(rng, animal, attribute):
     """An answer as people give them: more or less right, courteous and long."""
     value = FACTS[animal][attribute]
@@ -203,14 +195,15 @@ def main():
     write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
                 fields + ["animal", "attribute"])
 
-    # Text to pretrain on: every sum and every fact, a quiz on the facts, and worked chains.
+    # Text to pretrain on: every sum and every fact, questions with their answers, and worked chains.
     sums = [f"{value} {word} {operand} is {result}." for value in range(LARGEST + 1)
             for word, operand, result in operations_on(value)]
     statements = [fill(template, animal, FACTS[animal][attribute]) for animal in FACTS for attribute in ATTRIBUTES
                   for template in STATEMENTS[attribute]]
-    documents = sums * 8 + statements * 4 + [quiz(rng, **asked) for asked in animal_prompts("train") for _ in range(2)]
+    faq = [f"{asked['prompt']} {FACTS[asked['animal']][asked['attribute']]}." for asked in animal_prompts("train")]
+    documents = (sums + statements) * 4 + faq
     documents += [f"{row['prompt']} {row['steps']}."
-                  for row in arithmetic_problems(rng, 1000, [1] + TRAINED_OPERATIONS, taken)]
+                  for row in arithmetic_problems(rng, 4000, [1] + TRAINED_OPERATIONS, taken)]
     rng.shuffle(documents)
     text = "".join(document + "\n" for document in documents)
     (out / "pretrain.txt").write_text(text, encoding="utf-8")

@@ -416,7 +416,8 @@ def test_disk_is_full(command, name, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: works(command, tmp_path))
     error = capsys.readouterr().err
-    assert stopped.value.code == 1 and error.startswith("error: ") and "No space left" in error and error.count("\n") == 1
+    assert stopped.value.code == 1 and error.startswith("error: ") and error.count("\n") == 1
+    assert "No space left" in error
 
 
 def test_a_question_that_is_too_long(refused):
@@ -476,6 +477,21 @@ def test_going_on_with_other_settings_is_refused(begun, refused, tmp_path):
     tiny.checkpoint(tmp_path / "sft.pt")
     works(grpo, tmp_path, "--resume")
     assert not (tmp_path / "run.1").exists()
+
+
+@pytest.mark.parametrize("command, use", [(grpo, "reward=learned"), (ppo, "reward=learned"),
+                                          (ppo, "critic=reward_model")])
+def test_going_on_from_another_model_is_refused(command, use, refused, tmp_path):
+    # Both files have the same name, as in the folders of a main job, and each in turn is another one than before.
+    (tmp_path / "stage3").mkdir()
+    more = dict([use.split("=")], run=tmp_path / "run2", reward_model=tmp_path / "stage3/sft.pt")
+    tiny.reward_checkpoint(tmp_path / "stage3/sft.pt")
+    works(command, tmp_path, **more)
+    tiny.checkpoint(tmp_path / "stage3/sft.pt", ScalarGPT, seed=5)
+    assert "inputs" in refused(command, "--resume", **more)
+    tiny.reward_checkpoint(tmp_path / "stage3/sft.pt")
+    tiny.checkpoint(tmp_path / "sft.pt", seed=5)
+    assert "inputs" in refused(command, "--resume", **more)
 
 
 @pytest.mark.parametrize("content", [None, "", "{", '{"step": 1}\n', "step\nnone\n"])

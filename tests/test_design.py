@@ -103,8 +103,8 @@ def test_lines_are_at_most_120_characters_long():
 
 # --- two versions of one file -------------------------------------------------------------------------------------
 
-CRITIC = ["critic", "values", "value network", "value_", "gae", "returns", "whiten", "explained_variance", "at_last_token",
-          "gamma", "lambda", "lam:", "ppo", "scalargpt"]
+CRITIC = ["critic", "values", "value network", "value_", "gae", "returns", "whiten", "explained_variance",
+          "at_last_token", "gamma", "lambda", "lam:", "ppo", "scalargpt"]
 BASELINE = ["group", "baseline", "grpo"]
 
 

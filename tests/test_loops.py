@@ -78,7 +78,8 @@ def test_reward_rises(loop, more, tmp_path):
 @LOOPS
 def test_a_penalty_keeps_the_policy_at_the_reference(loop, tmp_path):
     # The same reward, once with a KL penalty far larger than any reward: the KL must stay near 0.
-    drift = [mean(loop.train(learner(loop, tmp_path, beta=beta), reward=letter_e)[1][-3:], "kl") for beta in (0.001, 10.0)]
+    runs_of = [loop.train(learner(loop, tmp_path, beta=beta), reward=letter_e)[1] for beta in (0.001, 10.0)]
+    drift = [mean(rows[-3:], "kl") for rows in runs_of]
     assert drift[1] < 0.1 * drift[0]
 
 
@@ -386,6 +387,20 @@ def test_loss_is_used(loop, tmp_path):
     config = settings(loop, tmp_path, beta=0.0, clip_eps=0.3)
     policy, rows = loop.train(config, reward=letter_e, loss=loss)
     assert [row["loss"] for row in rows] == [7, 7, 7] and tiny.same(state(policy), state(load_model(config.sft, "GPT")))
+
+
+@LOOPS
+def test_a_loss_that_is_no_number_stops_the_run_before_it_does_harm(loop, tmp_path):
+    calls = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        calls.append(1)
+        return logprobs.sum() * (float("nan") if len(calls) == 3 else 1.0)
+    config, model = settings(loop, tmp_path, run=str(tmp_path / "run"), steps=5), tiny.gpt()
+    with pytest.raises(UserError, match="loss is nan") as stopped:
+        loop.train(config, reward=letter_e, loss=loss, model=model)
+    assert stopped.value.exit_code == 1 and all(value.isfinite().all() for value in model.parameters())
+    assert len(read_csv(tmp_path / "run/metrics.csv")) == 2
 
 
 @LOOPS
