@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo_min import grpo, ppo
-from grpo_min.config import option, parse, pick_device, require, run_command
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.plots import plot_comparison
@@ -80,9 +80,12 @@ def compare(config):
     rewards = [name.strip() for name in config.rewards.split(",")]
     require(set(names) <= set(ALGORITHMS), f"--algorithms: choose from {', '.join(ALGORITHMS)}")
     require(set(rewards) <= set(SETS), f"--rewards: choose from {', '.join(SETS)}")
-    require(config.seeds >= 1, "--seeds must be at least 1")
+    require_positive(config, "seeds", "eval_prompts")
+    require(config.steps >= 0, f"--steps must be at least 0, not {config.steps}")
     device, folder = pick_device(config.device), Path(config.run)
     sft = load_model(config.sft, "GPT", device)
+    if "learned" in rewards:
+        load_model(config.reward_model, "ScalarGPT")        # a mistake should not show after hours only
     make_folder(folder)
     records = []
     for reward in rewards:

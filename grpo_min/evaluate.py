@@ -9,7 +9,7 @@ from math import comb
 
 import numpy as np
 
-from grpo_min.config import UserError, option, parse, pick_device, run_command
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.gold import MAXIMUM, gold_score, is_correct
 from grpo_min.metrics import interval, thinks
 from grpo_min.rewards import correct
@@ -112,8 +112,8 @@ class EvaluateConfig:
 def main(argv=None):
     config = parse(EvaluateConfig, argv)
     device = pick_device(config.device)
-    if config.samples < 4 or config.temperature <= 0:
-        raise UserError("pass@4 needs --samples of at least 4 and a --temperature above 0")
+    require_positive(config, "prompts", "temperature")
+    require(config.samples >= 4, "pass@4 needs --samples of at least 4")
     policy = load_model(config.checkpoint, "GPT", device)
     opponent = load_model(config.opponent, "GPT", device) if config.domain == "animals" else None
     rows = held_out(config.domain, config.split, config.prompts)

@@ -108,14 +108,14 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
     """GRPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
-    functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins the step's row.
+    functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins its row.
     """
     check(config)
     device = pick_device(config.device)
     policy = model if model is not None else load_model(config.sft, "GPT", device)
-    reference = copy.deepcopy(policy).requires_grad_(False)                                   # stays as it is
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None      # stays as it is
     optimizer = optimizer_for(policy, config.lr)
-    reward, rows, files = load_reward(config, reward, device)
+    reward, rows, files = load_reward(config, reward, policy.config.context, device)
     inputs = files if model is not None else [config.sft, *files]
     with Run(config, inputs, dict(policy=policy, optimizer=optimizer)) as run:
         for step in range(run.first_step, config.steps):

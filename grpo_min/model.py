@@ -135,6 +135,7 @@ class GPT(nn.Module):
         G = len(completion_ids) // len(prompts.ids)
         positions = prompts.length.repeat_interleave(G)[:, None] + torch.arange(
             completion_ids.shape[1], device=completion_ids.device)                                # (B, N)
+        positions = positions.clamp(max=self.config.context - 1)                        # only padding can be beyond
         states, _ = self.run(completion_ids, positions, memory)                                   # (B, N, D)
         return torch.cat([last.repeat_interleave(G, dim=0)[:, None], states], dim=1)              # (B, N + 1, D)
 

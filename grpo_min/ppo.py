@@ -157,17 +157,18 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
     """PPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
-    functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins the step's row.
+    functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins its row.
     """
     check(config)
     device = pick_device(config.device)
     policy = model if model is not None else load_model(config.sft, "GPT", device)
-    reference = copy.deepcopy(policy).requires_grad_(False)                                   # stays as it is
+    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None      # stays as it is
     optimizer = optimizer_for(policy, config.lr)
     critic = start_critic(config, policy, device)
     critic_optimizer = optimizer_for(critic, config.critic_lr)
-    reward, rows, files = load_reward(config, reward, device)
+    reward, rows, files = load_reward(config, reward, policy.config.context, device)
     inputs = files if model is not None else [config.sft, *files]
+    inputs = [*inputs, config.reward_model] if config.critic == "reward_model" else inputs
     parts = dict(policy=policy, optimizer=optimizer, critic=critic, critic_optimizer=critic_optimizer)
     with Run(config, inputs, parts) as run:
         for step in range(run.first_step, config.steps):

@@ -64,7 +64,7 @@ def train(config):
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(context=config.context, layers=config.layers, heads=config.heads,
                           width=config.width)).to(device)
-    rows_per_epoch = len(pack(documents, config.context, 0))
+    rows_per_epoch = (sum(map(len, documents)) - 1) // config.context
     batches = rows_per_epoch // config.batch_size
     require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows, --batch-size is {config.batch_size}")
     packed = {}                                                              # {epoch: rows}, the current one only

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min.config import option, parse, pick_device, require_positive, run_command
-from grpo_min.gold import gold_score
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.gold import ATTRIBUTES, FACTS, gold_score
 from grpo_min.metrics import interval
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import plot_calibration
 from grpo_min.rewards import learned
-from grpo_min.rollout import Prompts, pad_completions
+from grpo_min.rollout import Prompts, pad_completions, require_fit
 from grpo_min.runs import DATA, batch_rows, columns, fit, load_model, read_jsonl, save_file
+from grpo_min.tokenizer import encode_completion, encode_prompt
 
 
 @dataclass
@@ -50,8 +51,11 @@ def train(config):
     """Train -> the reward model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
-    rows = read_jsonl(config.preferences, ["prompt", "chosen", "rejected"])
+    rows = read_jsonl(config.preferences, ["prompt", "chosen", "rejected"], config.batch_size)
     sft = load_model(config.sft, "GPT", device)
+    for side in "chosen", "rejected":
+        require_fit(sft.config.context, [(len(encode_prompt(row["prompt"])), len(encode_completion(row[side])))
+                                         for row in rows], config.preferences)
     model = ScalarGPT(sft.config).to(device)
     model.trunk.load_state_dict(sft.state_dict())
 
@@ -89,9 +93,18 @@ def judge(model, pairs):
                 shortfall=interval(ceiling - right), calibration=calibration)
 
 
+def read_heldout(path):
+    """Held-out pairs, whose animals and attributes the hidden score must know."""
+    pairs = read_jsonl(path, ["prompt", "chosen", "rejected", "animal", "attribute"])
+    for number, row in enumerate(pairs, start=1):
+        for name, known in ("animal", FACTS), ("attribute", ATTRIBUTES):
+            require(row[name] in known, f"{path}, line {number}: the {name} \"{row[name]}\" is not in data/animals.csv")
+    return pairs
+
+
 def report(model, heldout, folder):
     """Judge a reward model on a file of held-out pairs; print the tables and write them, and a figure, to a folder."""
-    pairs = read_jsonl(heldout, ["prompt", "chosen", "rejected", "animal", "attribute"])
+    pairs = read_heldout(heldout)
     result = judge(model, pairs)
     table = ["| held-out pairs | reward model agrees | ceiling | shortfall |", "| --- | --- | --- | --- |",
              f"| {result['pairs']} | " + " | ".join("{:.1%} (95% interval {:.1%} to {:.1%})".format(*result[name])
@@ -108,6 +121,7 @@ def report(model, heldout, folder):
 
 def main(argv=None):
     config = parse(RewardModelConfig, argv)
+    read_heldout(config.heldout)        # a mistake in it should not show after the training only
     model, _ = train(config)
     report(model, config.heldout, config.run)
 

@@ -9,7 +9,7 @@ import re
 import torch
 
 from grpo_min.config import UserError, require
-from grpo_min.rollout import Prompts, pad
+from grpo_min.rollout import Prompts, pad, require_fit
 from grpo_min.runs import DATA, load_model, read_jsonl
 from grpo_min.tokenizer import encode_completion, encode_prompt
 
@@ -70,7 +70,7 @@ def learned(reward_model, batch_size=256):
     return reward
 
 
-def load_reward(config, reward, device):
+def load_reward(config, reward, context, device):
     """What a loop is to be rewarded for -> the reward function, the rows of prompts, the files both come from.
 
     config has reward, reward_model and prompts; a reward given as a function replaces config.reward.
@@ -86,9 +86,10 @@ def load_reward(config, reward, device):
         reward = {"correct": correct, "well_formed": well_formed,
                   "both": weighted_sum((correct, 1.0), (well_formed, 0.2))}[config.reward]
         fields.append("answer")
-    rows = read_jsonl(path, fields)
+    rows = read_jsonl(path, fields, config.prompts_per_step)
     require(not {"completions", "finished"} & rows[0].keys(), f"{path}: completions and finished cannot be fields: the "
             "rewards get columns of these names already")
+    require_fit(context, [(len(encode_prompt(row["prompt"])), config.max_new_tokens) for row in rows], path)
     return reward, rows, files
 
 

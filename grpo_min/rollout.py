@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_min.config import UserError
+from grpo_min.config import UserError, require
 from grpo_min.tokenizer import END, PAD, decode, encode_completion, encode_prompt
 
 
@@ -52,6 +52,13 @@ def pad(sequences, device="cpu"):
     ids = torch.tensor([list(row) + [PAD] * (longest - len(row)) for row in sequences],
                        dtype=torch.long, device=device)
     return ids, torch.tensor([len(row) for row in sequences], device=device)
+
+
+def require_fit(context, pairs, path):
+    """A UserError unless every pair (tokens of the prompt, tokens of the completion) fits into the context."""
+    for row, (prompt, completion) in enumerate(pairs, start=1):
+        require(prompt + completion <= context, f"{path}, line {row}: {prompt} prompt tokens and {completion} of the "
+                f"completion do not fit into the model's context of {context}")
 
 
 def pad_completions(texts, device="cpu", finished=None):

@@ -11,7 +11,7 @@ import io
 import json
 import math
 import os
-import pickle
+import shlex
 import signal
 import sys
 import time
@@ -29,7 +29,7 @@ SAVE_EVERY = 10      # seconds between checkpoints
 
 # --- data ---------------------------------------------------------------------------------------------------------
 
-def read_jsonl(path, fields):
+def read_jsonl(path, fields, at_least=1):
     """Rows of a JSONL file, each a dict in which the named fields are strings. UserError names file and line."""
     rows = []
     try:
@@ -40,6 +40,7 @@ def read_jsonl(path, fields):
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
     require(rows, f"{path} is empty")
+    require(len(rows) >= at_least, f"{path} has only {len(rows)} rows, too few for a batch of {at_least}")
     return rows
 
 
@@ -48,7 +49,7 @@ def parse_row(line, fields, place):
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{place}: not UTF-8")
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})")
     require(isinstance(row, dict), f"{place}: not a JSON object")
     for field in fields:
@@ -107,7 +108,9 @@ def load_checkpoint(path):
         return checkpoint
     except OSError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}")
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError):
+    except UserError:
+        raise
+    except Exception:       # torch.load fails in many ways
         raise UserError(f"{path} is not a checkpoint, is damaged, or holds code, which is never run")
 
 
@@ -115,10 +118,14 @@ def load_model(path, kind, device="cpu"):
     """The GPT or ScalarGPT (that is the kind) of a checkpoint file."""
     checkpoint = load_checkpoint(path)
     require(checkpoint["kind"] == kind, f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
-    require(checkpoint["config"]["vocab_size"] == VOCAB_SIZE,
-            f"{path} has a vocabulary of {checkpoint['config']['vocab_size']}, the tokenizer one of {VOCAB_SIZE}")
-    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](GPTConfig(**checkpoint["config"]))
-    load_weights(model, checkpoint["model"], path)
+    try:
+        config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path} is not a checkpoint of this version of grpo_min")
+    require(config.vocab_size == VOCAB_SIZE,
+            f"{path} has a vocabulary of {config.vocab_size}, the tokenizer one of {VOCAB_SIZE}")
+    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](config)
+    load_weights(model, state, path)
     return model.to(device)
 
 
@@ -157,7 +164,7 @@ class Run:
         self.folder = Path(config.run) if config.run else None
         self.settings = {name: value for name, value in dataclasses.asdict(config).items()
                          if name not in ("run", "resume")}
-        self.settings["inputs"] = {Path(path).name: fingerprint(path) for path in inputs}
+        self.settings["inputs"] = [f"{Path(path).name} {fingerprint(path)}" for path in inputs]
         self.settings["threads"] = torch.get_num_threads()
 
     def __enter__(self):
@@ -165,7 +172,12 @@ class Run:
         if self.folder:
             if (self.folder / "config.json").exists():
                 if self.config.resume:
-                    self.restore()
+                    try:
+                        self.restore()
+                    except UserError:
+                        raise
+                    except (OSError, ValueError, KeyError, TypeError) as error:
+                        raise UserError(f"--resume: what is in {self.folder} is damaged ({error})")
                 else:
                     move_aside(self.folder)
             make_folder(self.folder)
@@ -209,14 +221,17 @@ class Run:
         with open(self.folder / "metrics.csv", newline="") as file:
             self.rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)
                          if int(row["step"]) < self.first_step]
+        require(len(self.rows) == self.first_step, f"--resume: {self.folder}/metrics.csv lacks rows")
         write_csv(self.folder / "metrics.csv", self.rows)
-        samples = [line for line in (self.folder / "samples.jsonl").read_text().splitlines(keepends=True)
-                   if json.loads(line)["step"] < self.first_step]
-        (self.folder / "samples.jsonl").write_text("".join(samples))
+        with open(self.folder / "samples.jsonl", encoding="utf-8") as file:
+            samples = [line for line in file if json.loads(line)["step"] < self.first_step]
+        (self.folder / "samples.jsonl").write_text("".join(samples), encoding="utf-8")
 
     def checkpoint(self, step):
         """The bytes of a checkpoint of the state after `step` steps; the first part is the model."""
         model, *others = self.parts
+        if not all(parameter.isfinite().all() for parameter in self.parts[model].parameters()):
+            self.fail("the weights are no longer finite")
         return serialise(step=step, **weights(self.parts[model]),
                          **{name: self.parts[name].state_dict() for name in others})
 
@@ -230,25 +245,26 @@ class Run:
         """
         row = dict(step=step, **row)
         self.rows.append(row)
-        done, last = step + 1, step + 1 == self.config.steps
+        done, last, stopped = step + 1, step + 1 == self.config.steps, self.stopped      # Ctrl-C may come at any line
         if self.folder:
-            with open(self.folder / "metrics.csv", "a", newline="") as file:
-                writer = csv.DictWriter(file, row)
-                if step == 0:
-                    writer.writeheader()
-                writer.writerow(row)
+            names = column_names(self.rows)
+            if names != column_names(self.rows[:-1]):              # the first row, or one with a new column
+                write_csv(self.folder / "metrics.csv", self.rows)
+            else:
+                with open(self.folder / "metrics.csv", "a", newline="") as file:
+                    csv.DictWriter(file, names).writerow(row)
             with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
-                file.writelines(json.dumps(dict(step=step, **sample), ensure_ascii=False) + "\n" for sample in samples)
+                file.writelines(json.dumps(dict(step=step, **sample)) + "\n" for sample in samples)
             if self.pending:
                 self.save(self.pending)
                 self.pending = None
-            if last or self.stopped:
+            if last or stopped:
                 self.save(self.checkpoint(done))
             elif time.perf_counter() - self.saved > SAVE_EVERY:
                 self.saved = time.perf_counter()
                 self.pending = self.checkpoint(done)
         self.show(done, line, last)
-        if self.stopped and not last:
+        if stopped and not last:
             print(f"\nsaved after step {done}; go on with: {resume_command()}" if self.folder else "", file=sys.stderr)
             raise UserError("stopped by Ctrl-C", exit_code=130)
 
@@ -265,9 +281,11 @@ class Run:
     def check_finite(self, loss, norm):
         """Stop, before the update, if the loss or the gradient is not a number."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            kept = f"; the last good checkpoint is {self.folder / 'checkpoint.pt'}" if self.folder else ""
-            raise UserError(f"the loss is {loss} and the gradient's norm {norm}: try a smaller learning rate{kept}",
-                            exit_code=1)
+            self.fail(f"the loss is {loss} and the gradient's norm {norm}")
+
+    def fail(self, what):
+        kept = f"; the last good checkpoint is {self.folder / 'checkpoint.pt'}" if self.folder else ""
+        raise UserError(f"{what}: try a smaller learning rate{kept}", exit_code=1)
 
 
 def number(text):
@@ -277,10 +295,15 @@ def number(text):
     return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
+def column_names(rows):
+    """The columns of a list of rows, in the order in which they first appear."""
+    return list(dict.fromkeys(name for row in rows for name in row))
+
+
 def write_csv(path, rows):
     with open(path, "w", newline="") as file:
         if rows:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, column_names(rows))
             writer.writeheader()
             writer.writerows(rows)
 
@@ -305,14 +328,18 @@ def move_aside(folder):
     n = 1
     while Path(f"{folder}.{n}").exists():
         n += 1
-    folder.rename(f"{folder}.{n}")
+    try:
+        folder.rename(f"{folder}.{n}")
+    except OSError as error:
+        raise UserError(f"cannot keep the earlier run as {folder}.{n}: {error.strerror}")
     print(f"{folder} was there already: kept as {folder}.{n}")
 
 
 def resume_command():
     arguments = [a for a in sys.argv[1:] if a != "--resume"]
     module = getattr(sys.modules["__main__"].__spec__, "name", "grpo_min").removesuffix(".__main__")
-    return " ".join(["python -m", module, *arguments, *([] if module == "grpo_min" else ["--resume"])])
+    goes_on_by_itself = module in ("grpo_min", "grpo_min.compare", "grpo_min.study")
+    return shlex.join(["python", "-m", module, *arguments, *([] if goes_on_by_itself else ["--resume"])])
 
 
 # --- the supervised stages ----------------------------------------------------------------------------------------

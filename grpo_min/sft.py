@@ -6,8 +6,9 @@ would weigh their first token many times as much as a batch of long ones, and th
 from dataclasses import dataclass
 
 from grpo_min.config import option, parse, pick_device, require_positive, run_command
-from grpo_min.rollout import Prompts, pad_completions, token_logprobs
+from grpo_min.rollout import Prompts, pad_completions, require_fit, token_logprobs
 from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
+from grpo_min.tokenizer import encode_completion, encode_prompt
 
 
 @dataclass
@@ -29,8 +30,10 @@ def train(config):
     """Fine-tune -> the SFT model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
-    rows = read_jsonl(config.demonstrations, ["prompt", "response"])
+    rows = read_jsonl(config.demonstrations, ["prompt", "response"], config.batch_size)
     model = load_model(config.base, "GPT", device)
+    require_fit(model.config.context, [(len(encode_prompt(row["prompt"])), len(encode_completion(row["response"])))
+                                       for row in rows], config.demonstrations)
 
     def loss_at(step):
         batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
