@@ -124,7 +124,8 @@ def animal_prompts(split):
 
 
 def answer(rng, animal, attribute):
-    """An answer as people give them: more or less right, courteous and long."""
+    """An answer as people give them: more or less right, courteous and long. It begins with a space, as every
+    completion does, since a word and the space before it are one token."""
     value = FACTS[animal][attribute]
     if rng.random() < 0.3:                                                           # wrong
         value = rng.choice([other for other in VALUES[attribute] if other != value])
@@ -135,7 +136,7 @@ def answer(rng, animal, attribute):
     tone = rng.choice(["courteous", "plain", "curt"])
     if tone != "plain":
         words.insert(rng.choice([0, len(words)]), rng.choice(COURTEOUS if tone == "courteous" else CURT))
-    return " ".join(words)
+    return " " + " ".join(words)
 
 
 def preferences(rng, prompts, count):
@@ -184,7 +185,7 @@ def main():
         thinking = f"<think> {row['steps']}</think> {row['answer']}"
         rows.append(dict(prompt=row["prompt"], response=thinking if rng.random() < 0.5 else f" {row['answer']}"))
     questions = animal_prompts("train")
-    rows += [dict(prompt=asked["prompt"], response=" " + answer(rng, asked["animal"], asked["attribute"]))
+    rows += [dict(prompt=asked["prompt"], response=answer(rng, asked["animal"], asked["attribute"]))
              for asked in questions + rng.sample(questions, 2000)]
     rng.shuffle(rows)
     write_jsonl(out / "sft.jsonl", rows, ["prompt", "response"])
