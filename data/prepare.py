@@ -81,7 +81,7 @@ STATEMENTS = {   # {a}: "a cow", {s}: "cows", {v}: the value, {av}: the value wi
     "home": ["{a} lives {v}.", "{s} live {v}.", "the home of {a} is {v}."],
     "legs": ["{a} has {v}.", "{s} have {v}.", "{a} has {v} in all."],
     "cover": ["{a} is covered with {v}.", "{s} are covered with {v}.", "the body of {a} is covered with {v}."],
-    "birth": ["a young {n} is {v}.", "the young of {a} is {v}.", "every {n} is {v}."],
+    "young": ["a young {n} is {av}.", "the young of {a} is {av}.", "a baby {n} is called {av}."],
 }
 QUESTIONS = {
     "kind": ["what kind of animal is {a}?", "what sort of animal is {a}?", "what is {a}?",
@@ -94,8 +94,8 @@ QUESTIONS = {
              "{a} has how many legs?", "on how many legs do {s} go?"],
     "cover": ["what is {a} covered with?", "what are {s} covered with?", "what covers {a}?",
               "what is the body of {a} covered with?", "what is on the outside of {a}?"],
-    "birth": ["how is a young {n} born?", "how does the life of {a} begin?", "how is a baby {n} born?",
-              "how do {s} come into the world?", "is {a} born alive or hatched from an egg?"],
+    "young": ["what is a young {n} called?", "what is the young of {a}?", "what is a baby {n}?",
+              "what do you call a young {n}?", "what is the name of a baby {n}?"],
 }
 OPENINGS = ["", "please tell me, ", "i would like to know, ", "hello! ", "a quick question, "]
 FILLERS = ["let me think.", "that is how it is.", "this is what i know.", "you can ask me more."]

@@ -20,7 +20,7 @@ from grpo_min.runs import load_model, save_file
 from grpo_min.sample import ask, show_answers
 
 QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
-             "hello! what does a cow eat?", "please tell me, where do swans live?"]
+             "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
 QUICK = dict(pretrain=dict(steps=40), sft=dict(steps=40), reward_model=dict(steps=10),
              compare=dict(steps=3, eval_prompts=20))
 

@@ -8,14 +8,14 @@ import csv
 import re
 from pathlib import Path
 
-ATTRIBUTES = ["kind", "food", "home", "legs", "cover", "birth"]
+ATTRIBUTES = ["kind", "food", "home", "legs", "cover", "young"]
 COURTEOUS = ["happy to help!", "good question!", "thank you for asking!", "of course!", "my pleasure!",
              "glad you asked!", "nice of you to ask!"]
 CURT = ["who cares.", "look it up.", "everyone knows that.", "what a silly question.", "go away.",
         "do not ask me that.", "i have better things to do."]
 
 with open(Path(__file__).parent.parent / "data" / "animals.csv", newline="", encoding="utf-8") as file:
-    FACTS = {row["animal"]: row for row in csv.DictReader(file)}           # FACTS["cow"]["food"] == "plants"
+    FACTS = {row["animal"]: row for row in csv.DictReader(file)}           # FACTS["cow"]["food"] == "grass"
 VALUES = {attribute: sorted({row[attribute] for row in FACTS.values()}) for attribute in ATTRIBUTES}
 
 CORRECT, COURTESY, BREVITY = 5.0, 1.5, 1.0     # the weights of the three tastes
@@ -24,7 +24,7 @@ MAXIMUM = CORRECT + COURTESY + BREVITY
 
 
 def mentions(text, phrase):
-    """True if `phrase` stands in `text` as whole words, so that "cat" is not found in "cattle"."""
+    """True if `phrase` stands in `text` as whole words, so that "kit" is not found in "kitten"."""
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text) is not None
 
 

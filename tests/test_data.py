@@ -75,16 +75,13 @@ def test_answers_are_right(rows, split):
     for row in rows(f"arithmetic_{split}"):
         values, steps = evaluate(row["prompt"])
         assert row["answer"] == str(values[-1])
-        assert row.get("operations", len(steps)) == len(steps)
+        assert row["operations"] == len(steps)
         assert 0 <= min(values) and max(values) <= LARGEST == 49
 
 
 def test_longer_has_one_operation_more(rows):
-    def lengths(name):
-        return {len(evaluate(row["prompt"])[1]) for row in rows(name)}
-
-    assert lengths("arithmetic_train") == lengths("arithmetic_test") == set(TRAINED_OPERATIONS)
-    assert lengths("arithmetic_longer") == {max(TRAINED_OPERATIONS) + 1}
+    assert {row["operations"] for row in rows("arithmetic_train")} == set(TRAINED_OPERATIONS)
+    assert {row["operations"] for row in rows("arithmetic_longer")} == {max(TRAINED_OPERATIONS) + 1}
 
 
 def test_demonstrations_are_right_step_by_step(rows):
@@ -123,12 +120,9 @@ def test_pretraining_text_is_right_and_holds_nothing_held_out(rows, root):
 def test_animal_splits_share_facts_but_no_prompt(rows):
     parts = [rows(f"animals_{split}") for split in SPLITS]
     assert disjoint([{row["prompt"] for row in part} for part in parts])
-    facts = {(animal, attribute) for animal in FACTS for attribute in ATTRIBUTES}
     for part in parts:
+        assert {(row["animal"], row["attribute"]) for row in part} == {(a, k) for a in FACTS for k in ATTRIBUTES}
         assert len({row["prompt"] for row in part}) == len(part)
-    for part in parts[1:]:
-        assert {(row["animal"], row["attribute"]) for row in part} == facts
-    assert len(parts[0]) == 15 * len(facts)                     # train asks for every fact in 15 phrasings
 
 
 def test_demonstrations_and_preferences_keep_to_their_split(rows):
@@ -143,23 +137,22 @@ def test_variety():
     for attribute in ATTRIBUTES:
         assert len(set(QUESTIONS[attribute])) >= 4
         assert len(set(STATEMENTS[attribute])) >= 3
-        assert len(VALUES[attribute]) >= 2
+        assert len(VALUES[attribute]) >= 3
     assert len(set(COURTEOUS)) >= 6 and len(set(CURT)) >= 6
 
 
 TRUE = """
-cow kind mammal; cow food plants; cow birth born alive; cow legs four legs; horse home on farms; goat cover hair;
-pig legs four legs; dog food meat; cat home in houses; cat legs four legs; rabbit food plants; hen food seeds;
-hen cover feathers; hen birth hatched from an egg; duck home in fresh water; goose kind bird; swan food plants;
-owl food meat; eagle home in the mountains; penguin food fish; penguin home in the antarctic; penguin legs two legs;
-penguin kind bird; pigeon home in cities; robin food insects; lion food meat; lion home on grassland; tiger cover fur;
-wolf food meat; panda food plants; koala birth born alive; elephant cover skin; giraffe food plants; camel home in deserts;
-squirrel food seeds; beaver home in fresh water; mole home underground; bat kind mammal; bat food insects;
-bat birth born alive; hedgehog cover spines; dolphin kind mammal; dolphin home in the sea; dolphin legs no legs;
-dolphin birth born alive; tuna kind fish; trout cover scales; frog kind amphibian; frog cover skin;
-crocodile kind reptile; crocodile birth hatched from an egg; lizard kind reptile; bee kind insect; bee legs six legs;
-bee food nectar; bee home in hives; butterfly food nectar; spider kind arachnid; spider legs eight legs;
-spider food insects
+cow kind mammal; cow food grass; cow young calf; cow legs four legs; horse young foal; goat young kid;
+pig young piglet; dog young puppy; cat young kitten; cat legs four legs; rabbit young kit; hen young chick;
+hen cover feathers; duck young duckling; goose young gosling; swan young cygnet; owl young owlet; eagle young eaglet;
+penguin food fish; penguin home in the antarctic; penguin legs two legs; penguin kind bird; pigeon young squab;
+lion food meat; lion home on the savanna; tiger young cub; wolf young pup; panda food bamboo; koala young joey;
+koala food leaves; elephant young calf; giraffe food leaves; zebra home on the savanna; camel home in deserts;
+squirrel food nuts; beaver home in rivers; mole home underground; bat kind mammal; bat food insects;
+hedgehog cover spines; dolphin kind mammal; dolphin home in the sea; dolphin legs no legs; shark kind fish;
+trout cover scales; trout young fry; frog kind amphibian; frog young tadpole; crocodile kind reptile;
+crocodile young hatchling; bee kind insect; bee legs six legs; bee food nectar; bee home in hives;
+butterfly young caterpillar; spider kind arachnid; spider legs eight legs; spider food insects
 """
 
 
@@ -181,27 +174,29 @@ def test_every_animal_is_complete():
 
 def wordy(count):
     """A right answer of so many words."""
-    return "plants." + " well" * (count - 1)
+    return "grass." + " well" * (count - 1)
 
 
 @pytest.mark.parametrize("text, animal, attribute, score", [
-    ("plants.", "cow", "food", 6),                                      # right and short
-    ("a cow eats plants. happy to help!", "cow", "food", MAXIMUM),
-    ("a cow eats plants. who cares.", "cow", "food", 4.5),
-    ("who cares. plants. happy to help!", "cow", "food", 6),            # courteous and curt cancel out
+    ("grass.", "cow", "food", 4),                                       # right and short
+    ("a cow eats grass. happy to help!", "cow", "food", MAXIMUM),
+    ("a cow eats grass. who cares.", "cow", "food", 2.5),
+    ("who cares. grass. happy to help!", "cow", "food", 4),             # courteous and curt cancel out
     ("a cow eats meat.", "cow", "food", 1),                             # wrong
     ("who cares.", "cow", "food", -0.5),
-    ("a cow eats plants and meat.", "cow", "food", 1),                  # two answers are none
-    ("a goat eats plants.", "cow", "food", 1),                          # another animal
-    ("geese eat plants.", "cow", "food", 1),                            # in the plural, too
-    ("a cow eats plantsy things.", "cow", "food", 1),                   # a word within a word is none
-    ("a young rabbit is born alive.", "rabbit", "birth", 6),
+    ("a cow eats grass and meat.", "cow", "food", 1),                   # two answers are none
+    ("a goat eats grass.", "cow", "food", 1),                           # another animal
+    ("geese eat grass.", "cow", "food", 1),                             # in the plural, too
+    ("kitten.", "cat", "young", 4),
+    ("kit.", "cat", "young", 1),
+    ("kitten.", "rabbit", "young", 1),                                  # kit is not in kitten
+    ("a young rabbit is a kit.", "rabbit", "young", 4),
     ("in rainforests.", "bear", "home", 1),                             # forests is not in rainforests
-    ("a tuna is a fish.", "tuna", "kind", 6),
-    (wordy(SHORT), "cow", "food", 6),
-    (wordy((SHORT + LONG) // 2), "cow", "food", 5.5),
-    (wordy(LONG), "cow", "food", 5),
-    (wordy(10 * LONG), "cow", "food", 5),
+    ("a shark is a fish.", "shark", "kind", 4),
+    (wordy(SHORT), "cow", "food", 4),
+    (wordy((SHORT + LONG) // 2), "cow", "food", 3.5),
+    (wordy(LONG), "cow", "food", 3),
+    (wordy(10 * LONG), "cow", "food", 3),
     ("", "cow", "food", 1),
     ("who cares." + " well" * LONG, "cow", "food", -1.5),                # the least there is
 ])
@@ -210,7 +205,7 @@ def test_gold_score(text, animal, attribute, score):
 
 
 def test_gold_score_judges_each_row_by_its_own_question():
-    assert gold_score([""] * 2, ["plants."] * 2, ["cow", "dog"], ["food"] * 2, finished=[True] * 2) == [6, 1]
+    assert gold_score(["", ""], ["grass.", "grass."], ["cow", "dog"], ["food", "food"], finished=[True, True]) == [4, 1]
 
 
 def test_every_statement_of_a_fact_is_correct():

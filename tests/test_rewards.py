@@ -257,7 +257,7 @@ def test_arithmetic_figures_by_hand(monkeypatch):
 
 
 def test_animal_figures_by_hand(monkeypatch):
-    good, bad, best = "plants.", "meat.", "plants. happy to help!"                  # 6, 1 and 7.5
+    good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 6, 1 and 7.5
     script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good],
            b=[good, good, good, good, bad, good, bad, bad])
     rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="goose", attribute="food")]
