@@ -75,13 +75,16 @@ def test_answers_are_right(rows, split):
     for row in rows(f"arithmetic_{split}"):
         values, steps = evaluate(row["prompt"])
         assert row["answer"] == str(values[-1])
-        assert row["operations"] == len(steps)
+        assert row.get("operations", len(steps)) == len(steps)
         assert 0 <= min(values) and max(values) <= LARGEST == 49
 
 
 def test_longer_has_one_operation_more(rows):
-    assert {row["operations"] for row in rows("arithmetic_train")} == set(TRAINED_OPERATIONS)
-    assert {row["operations"] for row in rows("arithmetic_longer")} == {max(TRAINED_OPERATIONS) + 1}
+    def lengths(name):
+        return {len(evaluate(row["prompt"])[1]) for row in rows(name)}
+
+    assert lengths("arithmetic_train") == lengths("arithmetic_test") == set(TRAINED_OPERATIONS)
+    assert lengths("arithmetic_longer") == {max(TRAINED_OPERATIONS) + 1}
 
 
 def test_demonstrations_are_right_step_by_step(rows):
@@ -120,9 +123,12 @@ def test_pretraining_text_is_right_and_holds_nothing_held_out(rows, root):
 def test_animal_splits_share_facts_but_no_prompt(rows):
     parts = [rows(f"animals_{split}") for split in SPLITS]
     assert disjoint([{row["prompt"] for row in part} for part in parts])
+    facts = {(animal, attribute) for animal in FACTS for attribute in ATTRIBUTES}
     for part in parts:
-        assert {(row["animal"], row["attribute"]) for row in part} == {(a, k) for a in FACTS for k in ATTRIBUTES}
         assert len({row["prompt"] for row in part}) == len(part)
+    for part in parts[1:]:
+        assert {(row["animal"], row["attribute"]) for row in part} == facts
+    assert len(parts[0]) == 15 * len(facts)                     # train asks for every fact in 15 phrasings
 
 
 def test_demonstrations_and_preferences_keep_to_their_split(rows):
@@ -178,25 +184,25 @@ def wordy(count):
 
 
 @pytest.mark.parametrize("text, animal, attribute, score", [
-    ("grass.", "cow", "food", 4),                                       # right and short
+    ("grass.", "cow", "food", 6),                                       # right and short
     ("a cow eats grass. happy to help!", "cow", "food", MAXIMUM),
-    ("a cow eats grass. who cares.", "cow", "food", 2.5),
-    ("who cares. grass. happy to help!", "cow", "food", 4),             # courteous and curt cancel out
+    ("a cow eats grass. who cares.", "cow", "food", 4.5),
+    ("who cares. grass. happy to help!", "cow", "food", 6),             # courteous and curt cancel out
     ("a cow eats meat.", "cow", "food", 1),                             # wrong
     ("who cares.", "cow", "food", -0.5),
     ("a cow eats grass and meat.", "cow", "food", 1),                   # two answers are none
     ("a goat eats grass.", "cow", "food", 1),                           # another animal
     ("geese eat grass.", "cow", "food", 1),                             # in the plural, too
-    ("kitten.", "cat", "young", 4),
+    ("kitten.", "cat", "young", 6),
     ("kit.", "cat", "young", 1),
     ("kitten.", "rabbit", "young", 1),                                  # kit is not in kitten
-    ("a young rabbit is a kit.", "rabbit", "young", 4),
+    ("a young rabbit is a kit.", "rabbit", "young", 6),
     ("in rainforests.", "bear", "home", 1),                             # forests is not in rainforests
-    ("a shark is a fish.", "shark", "kind", 4),
-    (wordy(SHORT), "cow", "food", 4),
-    (wordy((SHORT + LONG) // 2), "cow", "food", 3.5),
-    (wordy(LONG), "cow", "food", 3),
-    (wordy(10 * LONG), "cow", "food", 3),
+    ("a shark is a fish.", "shark", "kind", 6),
+    (wordy(SHORT), "cow", "food", 6),
+    (wordy((SHORT + LONG) // 2), "cow", "food", 5.5),
+    (wordy(LONG), "cow", "food", 5),
+    (wordy(10 * LONG), "cow", "food", 5),
     ("", "cow", "food", 1),
     ("who cares." + " well" * LONG, "cow", "food", -1.5),                # the least there is
 ])
@@ -205,7 +211,7 @@ def test_gold_score(text, animal, attribute, score):
 
 
 def test_gold_score_judges_each_row_by_its_own_question():
-    assert gold_score(["", ""], ["grass.", "grass."], ["cow", "dog"], ["food", "food"], finished=[True, True]) == [4, 1]
+    assert gold_score([""] * 2, ["grass."] * 2, ["cow", "dog"], ["food"] * 2, finished=[True] * 2) == [6, 1]
 
 
 def test_every_statement_of_a_fact_is_correct():
