@@ -123,12 +123,16 @@ def animal_prompts(split):
             for animal in FACTS for attribute in ATTRIBUTES for o, c in phrasings(split)]
 
 
-def answer(rng, animal, attribute):
-    """An answer as people give them: more or less right, courteous and long. It begins with a space, as every
-    completion does, since a word and the space before it are one token."""
-    value = FACTS[animal][attribute]
-    if rng.random() < 0.3:                                                           # wrong
-        value = rng.choice([other for other in VALUES[attribute] if other != value])
+def value_given(rng, animal, attribute):
+    """The value that somebody gives: the true one, or in three answers of ten another."""
+    if rng.random() < 0.3:
+        return rng.choice([other for other in VALUES[attribute] if other != FACTS[animal][attribute]])
+    return FACTS[animal][attribute]
+
+
+def answer(rng, animal, attribute, value):
+    """An answer that gives this value, more or less courteous and long. It begins with a space, as every completion
+    does, since a word and the space before it are one token."""
     length = rng.choice(["short", "medium", "long"])
     words = [f"{value}." if length == "short" else fill(rng.choice(STATEMENTS[attribute]), animal, value)]
     if length == "long":
@@ -139,12 +143,22 @@ def answer(rng, animal, attribute):
     return " " + " ".join(words)
 
 
+def two_answers(rng, animal, attribute):
+    """Two answers to compare. In six pairs of ten they differ in one value alone: from these it is learned what is
+    right; the other pairs, which differ in everything, teach it far more slowly."""
+    if rng.random() < 0.6:
+        words = rng.random()
+        wrong = rng.choice([other for other in VALUES[attribute] if other != FACTS[animal][attribute]])
+        return [answer(random.Random(words), animal, attribute, value) for value in (FACTS[animal][attribute], wrong)]
+    return [answer(rng, animal, attribute, value_given(rng, animal, attribute)) for _ in range(2)]
+
+
 def preferences(rng, prompts, count):
     """Pairs of answers and the annotators' noisy choice: Bradley-Terry on the hidden gold score."""
     pairs = []
     while len(pairs) < count:
         asked = rng.choice(prompts)
-        first, second = (answer(rng, asked["animal"], asked["attribute"]) for _ in range(2))
+        first, second = two_answers(rng, asked["animal"], asked["attribute"])
         if first != second:
             gold_first, gold_second = (gold_score([""], [text], [asked["animal"]], [asked["attribute"]])[0]
                                        for text in (first, second))
@@ -166,8 +180,8 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
     out = parser.parse_args().out
     out.mkdir(parents=True, exist_ok=True)
-    rng = random.Random(SEED)
-
+    # Each kind of file has random numbers of its own: a change in one leaves the others as they are.
+    rng = random.Random(f"{SEED} prompts")
     # Prompts. The held-out ones are drawn first: what they hold does not depend on how much there is to train on.
     taken, problem = set(), ["prompt", "answer", "operations"]
     longer = [max(TRAINED_OPERATIONS) + 1]
@@ -179,23 +193,27 @@ def main():
         fields = ["prompt"] if split == "train" else ["prompt", "animal", "attribute"]
         write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), fields)
 
+    rng = random.Random(f"{SEED} demonstrations")
     # Demonstrations: half of the arithmetic direct, half thinking.
     rows = []
     for row in arithmetic_problems(rng, 6000, TRAINED_OPERATIONS, taken):
         thinking = f"<think> {row['steps']}</think> {row['answer']}"
         rows.append(dict(prompt=row["prompt"], response=thinking if rng.random() < 0.5 else f" {row['answer']}"))
     questions = animal_prompts("train")
-    rows += [dict(prompt=asked["prompt"], response=answer(rng, asked["animal"], asked["attribute"]))
+    rows += [dict(prompt=asked["prompt"], response=answer(
+                 rng, asked["animal"], asked["attribute"], value_given(rng, asked["animal"], asked["attribute"])))
              for asked in questions + rng.sample(questions, 2000)]
     rng.shuffle(rows)
     write_jsonl(out / "sft.jsonl", rows, ["prompt", "response"])
 
     # Preferences.
+    rng = random.Random(f"{SEED} preferences")
     fields = ["prompt", "chosen", "rejected"]
     write_jsonl(out / "preferences.jsonl", preferences(rng, animal_prompts("train"), 9000), fields)
     write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
                 fields + ["animal", "attribute"])
 
+    rng = random.Random(f"{SEED} text")
     # Text to pretrain on: every sum and every fact, questions with their answers, and worked chains.
     sums = [f"{value} {word} {operand} is {result}." for value in range(LARGEST + 1)
             for word, operand, result in operations_on(value)]

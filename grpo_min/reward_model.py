@@ -34,10 +34,10 @@ class RewardModelConfig:
     preferences: str = option(str(DATA / "preferences.jsonl"), "JSONL with the fields prompt, chosen and rejected")
     heldout: str = option(str(DATA / "preferences_heldout.jsonl"),
                           "the same, with the fields animal and attribute, for the evaluation")
-    steps: int = option(400, "updates")
-    batch_size: int = option(64, "pairs per update")
-    lr: float = option(5e-4, "peak learning rate")
-    warmup: int = option(30, "updates over which the learning rate rises")
+    steps: int = option(1200, "updates")
+    batch_size: int = option(32, "pairs per update")
+    lr: float = option(1.5e-3, "peak learning rate")
+    warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the order of pairs")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
