@@ -144,8 +144,8 @@ def answer(rng, animal, attribute, value):
 
 
 def two_answers(rng, animal, attribute):
-    """Two answers to compare. In six pairs of ten they differ in one value alone: from these it is learned what is
-    right; the other pairs, which differ in everything, teach it far more slowly."""
+    """Two answers to compare. In six pairs of ten they differ in one value alone, so that the choice is about what is
+    right and nothing else."""
     if rng.random() < 0.6:
         words = rng.random()
         wrong = rng.choice([other for other in VALUES[attribute] if other != FACTS[animal][attribute]])

@@ -30,7 +30,7 @@ RESULTS = Path(__file__).parent.parent / "tutorials" / "results"
 GRPO_SETTINGS = [dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, scale_advantages=True),
                  dict(lr=2e-4, beta=0.0)]
 PPO_SETTINGS = [dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, critic_lr=2e-3), dict(lr=2e-4, lam=1.0),
-                dict(lr=2e-4, critic_warmup=5), dict(lr=2e-4, scale_advantages=True)]
+                dict(lr=2e-4, scale_advantages=True)]
 
 
 @dataclass
