@@ -222,7 +222,7 @@ def main():
     faq = [f"{asked['prompt']} {FACTS[asked['animal']][asked['attribute']]}." for asked in animal_prompts("train")]
     documents = (sums + statements) * 4 + faq
     documents += [f"{row['prompt']} {row['steps']}."
-                  for row in arithmetic_problems(rng, 4000, [1] + TRAINED_OPERATIONS, taken)]
+                  for row in arithmetic_problems(rng, 6000, [1] + TRAINED_OPERATIONS, taken)]
     rng.shuffle(documents)
     text = "".join(document + "\n" for document in documents)
     (out / "pretrain.txt").write_text(text, encoding="utf-8")

@@ -31,7 +31,7 @@ class GRPOConfig:
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
     prompts: str = option("", "JSONL with the field prompt, and answer where the reward needs it; default: data/"
                           "animals_train.jsonl for the learned reward, else data/arithmetic_train.jsonl")
-    steps: int = option(100, "batches: sample, score, update")
+    steps: int = option(60, "batches: sample, score, update")
     prompts_per_step: int = option(32, "prompts per batch, Q")
     group_size: int = option(8, "completions per prompt, G")
     epochs: int = option(1, "passes over each batch (DeepSeekMath's mu)")

@@ -25,7 +25,7 @@ class PretrainConfig:
     heads: int = option(3, "attention heads; must divide the width")
     width: int = option(96, "size of the residual stream")
     context: int = option(80, "positions, in tokens")
-    steps: int = option(3000, "updates")
+    steps: int = option(3600, "updates")
     batch_size: int = option(8, "rows of `context` tokens per update")
     lr: float = option(8e-3, "peak learning rate")
     warmup: int = option(100, "updates over which the learning rate rises")

@@ -18,7 +18,7 @@ class SFTConfig:
     resume: bool = option(False, "go on from the checkpoint in --run")
     base: str = option(str(DATA / "checkpoints/base.pt"), "checkpoint of the base model")
     demonstrations: str = option(str(DATA / "sft.jsonl"), "JSONL with the fields prompt and response")
-    steps: int = option(2500, "updates")
+    steps: int = option(3000, "updates")
     batch_size: int = option(16, "demonstrations per update")
     lr: float = option(4e-3, "peak learning rate")
     warmup: int = option(100, "updates over which the learning rate rises")
