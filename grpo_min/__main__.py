@@ -109,7 +109,7 @@ def main(argv=None):
     if from_nothing:
         save_file(folder / "pipeline.md", text.encode())
     print(text)
-    print(f"pages:   {folder / 'before_after.md'}, {folder / 'compare/comparison.md'}")
+    print(f"page:    {folder / 'before_after.md'}")
     print(f"figures: {', '.join(str(path) for path in sorted((folder / 'compare').glob('comparison-*.png')))}")
 
 

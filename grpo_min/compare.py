@@ -5,8 +5,8 @@ completions with the same random numbers; KL penalty, clipping and aggregation a
 with one completion for each of 256 prompts, its natural setting. Every run is evaluated on held-out prompts. What was
 run before with the same settings is used again.
 
-Written into the folder: comparison.json (every figure), comparison.csv (the curves), comparison.md (the
-tables), comparison-REWARD.png.
+Written into the folder for each reward: comparison-REWARD.json (every figure), .csv (the curves), .md (the tables) and
+.png.
 """
 import dataclasses
 import json
@@ -30,7 +30,7 @@ ALGORITHMS = {      # name: (train, its config, the settings that differ)
 }
 SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
 CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
-          "seconds_sample", "seconds_score", "seconds_critic", "seconds_update"]       # kept in comparison.csv
+          "seconds_sample", "seconds_score", "seconds_critic", "seconds_update"]       # kept in comparison-*.csv
 PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
     "correct": {}, "learned": dict(beta=0.05),
 }
@@ -90,24 +90,28 @@ def compare(config):
     records = []
     for reward in rewards:
         before = evaluate_or_reuse(folder / f"sft-{reward}.json", config, sft, sft, reward)
-        records.append(dict(algorithm="SFT", reward=reward, seed=0, figures=before))
+        of_reward = [dict(algorithm="SFT", reward=reward, seed=0, figures=before)]
         for seed in range(1, config.seeds + 1):
             for name in names:
-                records.append(one_run(config, folder, name, reward, seed, sft))
+                of_reward.append(one_run(config, folder, name, reward, seed, sft))
                 if reward == "learned":
-                    of_set = records[-1]["figures"]["animals_test"]
+                    of_set = of_reward[-1]["figures"]["animals_test"]
                     start = before["animals_test"]["gold"][0]
                     of_set["progress"] = [(of_set["gold"][0] - start) / (MAXIMUM - start)]
-    kept = [{name: value for name, value in record.items() if name != "rows"} for record in records]
-    save_file(folder / "comparison.json", json.dumps(kept, indent=1).encode())
-    write_csv(folder / "comparison.csv", [dict(algorithm=r["algorithm"], rewarded=r["reward"], seed=r["seed"],
-                                               **{name: row.get(name, "") for name in CURVES})
-                                          for r in records if "run" in r for row in r["rows"]])
-    save_file(folder / "comparison.md", tables(records).encode())
-    for reward in rewards:
-        plot_comparison([record for record in records if record["reward"] == reward and "run" in record],
-                        folder / f"comparison-{reward}.png")
+        write(of_reward, folder / f"comparison-{reward}")
+        records += of_reward
     return records
+
+
+def write(records, path):
+    """Write the records of one reward: their figures, curves, tables and picture."""
+    kept = [{name: value for name, value in record.items() if name != "rows"} for record in records]
+    save_file(f"{path}.json", json.dumps(kept, indent=1).encode())
+    runs = [record for record in records if "run" in record]
+    write_csv(f"{path}.csv", [dict(algorithm=run["algorithm"], seed=run["seed"],
+                                   **{name: row.get(name, "") for name in CURVES}) for run in runs for row in run["rows"]])
+    save_file(f"{path}.md", tables(records).encode())
+    plot_comparison(runs, f"{path}.png")
 
 
 def one_run(config, folder, name, reward, seed, sft):

@@ -4,8 +4,8 @@ tuning: what learning rate and critic suit each algorithm. Every setting is one 
 arithmetic task from the same SFT weights, judged on the validation prompts, which nothing else uses. Runs that are
 there with the same settings are used again. Writes tutorials/results/tuning.csv and tuning.md.
 
-publish: copies what `python -m grpo_min` and `python -m grpo_min.compare --seeds 3` wrote in runs/main and runs/compare
-to tutorials/results and data/checkpoints, and puts the tables into the README.
+publish: copies what `python -m grpo_min`, and then perhaps `python -m grpo_min.compare --run runs/main/compare` with
+more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README.
 """
 import json
 import re
@@ -101,7 +101,7 @@ def best_of(metrics, name):
 
 def publish(config):
     """Copy the results of the main job and of the comparison to where they are committed, and update the README."""
-    main_run, comparison = Path("runs/main"), Path("runs/compare")
+    main_run = Path("runs/main")
     make_folder(RESULTS)
     make_folder(DATA / "checkpoints")
     for stage, name, kind in CHECKPOINTS:
@@ -110,7 +110,7 @@ def publish(config):
             save_file(DATA / "checkpoints" / f"{name}.pt", serialise(**weights(load_model(path, kind))))
     save_file(DATA / "checkpoints" / "scores.json", json.dumps(scores(), indent=1).encode())
     sources = [main_run / "pipeline.md", main_run / "before_after.md", main_run / "reward_model/reward_model.md",
-               main_run / "reward_model/calibration.png", *sorted(comparison.glob("comparison*"))]
+               main_run / "reward_model/calibration.png", *sorted((main_run / "compare").glob("comparison-*"))]
     for path in sources:
         if path.exists():
             save_file(RESULTS / path.name, path.read_bytes())

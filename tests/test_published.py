@@ -41,7 +41,7 @@ def test_main_job_runs_to_its_end_and_is_not_run_twice(tmp_path):
     command = [sys.executable, "-m", "grpo_min", "--quick", "--run", str(tmp_path / "main")]
     first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stderr[-2000:]
-    for name in ("before_after.md", "pipeline.md", "reward_model/reward_model.md", "compare/comparison.md",
+    for name in ("before_after.md", "pipeline.md", "reward_model/reward_model.md", "compare/comparison-learned.md",
                  "compare/comparison-correct.png", "compare/grpo-correct-1/curves.png"):
         assert (tmp_path / "main" / name).stat().st_size > 0
     weights = (tmp_path / "main" / "compare/ppo-learned-1/checkpoint.pt").read_bytes()
