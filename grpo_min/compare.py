@@ -109,7 +109,8 @@ def write(records, path):
     save_file(f"{path}.json", json.dumps(kept, indent=1).encode())
     runs = [record for record in records if "run" in record]
     write_csv(f"{path}.csv", [dict(algorithm=run["algorithm"], seed=run["seed"],
-                                   **{name: row.get(name, "") for name in CURVES}) for run in runs for row in run["rows"]])
+                                   **{name: row.get(name, "") for name in CURVES})
+                              for run in runs for row in run["rows"]])
     save_file(f"{path}.md", tables(records).encode())
     plot_comparison(runs, f"{path}.png")
 
