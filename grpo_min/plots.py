@@ -43,7 +43,7 @@ def plot_comparison(records, path):
     figure, axes = plt.subplots(2, 4, figsize=(14, 6))
     arithmetic = records[0]["reward"] == "correct"
     curves = [("reward", "completions", "reward"), ("reward", "seconds", "reward"),
-              ("kl", "completions", "KL to the reference (nats per completion)"),
+              ("kl", "completions", "KL to the reference\n(nats per completion)"),
               ("length", "completions", "completion length (tokens)"),
               ("thinking", "completions", "share of thinking answers") if arithmetic else
               ("entropy", "completions", "entropy (nats per token)")]

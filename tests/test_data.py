@@ -233,4 +233,4 @@ def test_annotators_choose_by_bradley_terry(rows):
         variance += p * (1 - p) if chosen != rejected else 0
         sure += chosen < rejected
     assert abs(surplus) < 3.5 * variance ** 0.5
-    assert sure > 100                                            # they do err
+    assert sure > 40                                             # they do err
