@@ -3,7 +3,6 @@
 Prompts and completions never share a tensor: a batch is `Q` right-padded prompts, and `B = Q * G` right-padded
 completions whose row `b` belongs to prompt `b // G`.
 """
-import math
 from dataclasses import dataclass
 
 import torch

@@ -218,9 +218,7 @@ class Run:
             else:
                 part.load_state_dict(checkpoint[name])
         self.first_step = checkpoint["step"]
-        with open(self.folder / "metrics.csv", newline="") as file:
-            self.rows = [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)
-                         if int(row["step"]) < self.first_step]
+        self.rows = [row for row in read_csv(self.folder / "metrics.csv") if row["step"] < self.first_step]
         require(len(self.rows) == self.first_step, f"--resume: {self.folder}/metrics.csv lacks rows")
         write_csv(self.folder / "metrics.csv", self.rows)
         with open(self.folder / "samples.jsonl", encoding="utf-8") as file:

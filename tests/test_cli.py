@@ -4,7 +4,6 @@ Each mistake is made on purpose: exit code 2, one line on standard error that be
 wrong, and a run that was in the folder before is still there, byte for byte. Commands run inside this process, but for
 two that are started as a user starts them.
 """
-import argparse
 import dataclasses
 import importlib
 import json
