@@ -97,7 +97,7 @@ QUESTIONS = {
     "young": ["what is a young {n} called?", "what is the young of {a}?", "what is a baby {n}?",
               "what do you call a young {n}?", "what is the name of a baby {n}?"],
 }
-OPENINGS = ["", "please tell me, ", "i would like to know, ", "hello! ", "a quick question, "]
+OPENINGS = ["", "please tell me, ", "hello! ", "a question: ", "say, "]
 FILLERS = ["let me think.", "that is how it is.", "this is what i know.", "you can ask me more."]
 
 
@@ -123,11 +123,13 @@ def animal_prompts(split):
             for animal in FACTS for attribute in ATTRIBUTES for o, c in phrasings(split)]
 
 
+def wrong_value(rng, animal, attribute):
+    return rng.choice([value for value in VALUES[attribute] if value != FACTS[animal][attribute]])
+
+
 def value_given(rng, animal, attribute):
     """The value that somebody gives: the true one, or in three answers of ten another."""
-    if rng.random() < 0.3:
-        return rng.choice([other for other in VALUES[attribute] if other != FACTS[animal][attribute]])
-    return FACTS[animal][attribute]
+    return wrong_value(rng, animal, attribute) if rng.random() < 0.3 else FACTS[animal][attribute]
 
 
 def answer(rng, animal, attribute, value):
@@ -143,14 +145,28 @@ def answer(rng, animal, attribute, value):
     return " " + " ".join(words)
 
 
+def beside_the_point(rng, animal, attribute):
+    """A courteous answer that says nothing, or one that speaks of another animal."""
+    if rng.random() < 0.5:
+        return f" {rng.choice(FILLERS + COURTEOUS)} {rng.choice(COURTEOUS)}"
+    return answer(rng, rng.choice([other for other in FACTS if other != animal]), attribute, FACTS[animal][attribute])
+
+
 def two_answers(rng, animal, attribute):
-    """Two answers to compare. In six pairs of ten they differ in one value alone, so that the choice is about what is
-    right and nothing else."""
-    if rng.random() < 0.6:
-        words = rng.random()
-        wrong = rng.choice([other for other in VALUES[attribute] if other != FACTS[animal][attribute]])
-        return [answer(random.Random(words), animal, attribute, value) for value in (FACTS[animal][attribute], wrong)]
-    return [answer(rng, animal, attribute, value_given(rng, animal, attribute)) for _ in range(2)]
+    """Two answers to compare. A reward model learns only what its pairs tell apart: in eleven of twenty a right and a
+    wrong answer differ in the value alone (which, now and then, answers another question), in two a right one stands
+    against one beside the point, in three only the words around the value differ, and in the rest anything."""
+    truth, kind = FACTS[animal][attribute], rng.random()
+    if kind < 0.55:
+        words, wrong = rng.random(), wrong_value(rng, animal, attribute)
+        if rng.random() < 0.2:
+            wrong = rng.choice([FACTS[animal][other] for other in ATTRIBUTES if FACTS[animal][other] != truth])
+        return [answer(random.Random(words), animal, attribute, value) for value in (truth, wrong)]
+    if kind < 0.65:
+        return [answer(rng, animal, attribute, truth), beside_the_point(rng, animal, attribute)]
+    first = value_given(rng, animal, attribute)
+    second = first if kind < 0.8 else value_given(rng, animal, attribute)
+    return [answer(rng, animal, attribute, value) for value in (first, second)]
 
 
 def preferences(rng, prompts, count):
@@ -171,8 +187,9 @@ def preferences(rng, prompts, count):
 # --- files --------------------------------------------------------------------------------------------------------
 
 def write_jsonl(path, rows, fields):
-    lines = [json.dumps({field: row[field] for field in fields}, ensure_ascii=False) + "\n" for row in rows]
-    path.write_text("".join(lines), encoding="utf-8")
+    lines = [json.dumps({field: row[field] for field in fields}, ensure_ascii=False, separators=(",", ":"))
+             for row in rows]
+    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
 def main():
@@ -188,7 +205,7 @@ def main():
     write_jsonl(out / "arithmetic_test.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
     write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
     write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
-    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 5000, TRAINED_OPERATIONS, taken), problem[:2])
+    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 3600, TRAINED_OPERATIONS, taken), problem[:2])
     for split in "train", "val", "test":
         fields = ["prompt"] if split == "train" else ["prompt", "animal", "attribute"]
         write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), fields)
@@ -202,15 +219,15 @@ def main():
     questions = animal_prompts("train")
     rows += [dict(prompt=asked["prompt"], response=answer(
                  rng, asked["animal"], asked["attribute"], value_given(rng, asked["animal"], asked["attribute"])))
-             for asked in questions + rng.sample(questions, 2000)]
+             for asked in questions + rng.sample(questions, 800)]
     rng.shuffle(rows)
     write_jsonl(out / "sft.jsonl", rows, ["prompt", "response"])
 
     # Preferences.
     rng = random.Random(f"{SEED} preferences")
     fields = ["prompt", "chosen", "rejected"]
-    write_jsonl(out / "preferences.jsonl", preferences(rng, animal_prompts("train"), 9000), fields)
-    write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1500),
+    write_jsonl(out / "preferences.jsonl", preferences(rng, animal_prompts("train"), 13000), fields)
+    write_jsonl(out / "preferences_heldout.jsonl", preferences(rng, animal_prompts("test"), 1000),
                 fields + ["animal", "attribute"])
 
     rng = random.Random(f"{SEED} text")

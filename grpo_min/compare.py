@@ -32,7 +32,7 @@ SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned"
 CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
           "seconds_sample", "seconds_score", "seconds_critic", "seconds_update"]       # kept in comparison-*.csv
 PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
-    "correct": {}, "learned": dict(beta=0.05),
+    "correct": {}, "learned": dict(steps=150, lr=6e-4, beta=0.1),
 }
 
 

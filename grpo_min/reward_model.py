@@ -33,9 +33,10 @@ class RewardModelConfig:
     preferences: str = option(str(DATA / "preferences.jsonl"), "JSONL with the fields prompt, chosen and rejected")
     heldout: str = option(str(DATA / "preferences_heldout.jsonl"),
                           "the same, with the fields animal and attribute, for the evaluation")
-    steps: int = option(1200, "updates")
-    batch_size: int = option(32, "pairs per update")
-    lr: float = option(1.5e-3, "peak learning rate")
+    steps: int = option(2400, "updates")
+    batch_size: int = option(24, "pairs per update")
+    lr: float = option(2e-3, "peak learning rate")
+    weight_decay: float = option(0.5, "AdamW's weight decay, so that the annotators' noise is not learnt by heart")
     warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the order of pairs")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
@@ -49,6 +50,7 @@ def preference_loss(chosen, rejected):
 def train(config):
     """Train -> the reward model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
+    require(config.weight_decay >= 0, f"--weight-decay must be at least 0, not {config.weight_decay}")
     device = pick_device(config.device)
     rows = read_jsonl(config.preferences, ["prompt", "chosen", "rejected"], config.batch_size)
     sft = load_model(config.sft, "GPT", device)
@@ -67,7 +69,7 @@ def train(config):
         accuracy = (scores[:, 0] > scores[:, 1]).float().mean().item()
         return preference_loss(scores[:, 0], scores[:, 1]), dict(accuracy=accuracy)
 
-    return model, fit(config, model, [config.sft, config.preferences], loss_at)
+    return model, fit(config, model, [config.sft, config.preferences], loss_at, config.weight_decay)
 
 
 def judge(model, pairs):

@@ -342,8 +342,8 @@ def resume_command():
 
 # --- the supervised stages ----------------------------------------------------------------------------------------
 
-def optimizer_for(model, lr):
-    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
+def optimizer_for(model, lr, weight_decay=0.0):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True)
 
 
 def update(run, model, optimizer, loss, max_norm=1.0):
@@ -356,12 +356,12 @@ def update(run, model, optimizer, loss, max_norm=1.0):
     return norm
 
 
-def fit(config, model, inputs, loss_at):
+def fit(config, model, inputs, loss_at, weight_decay=0.0):
     """Train on `loss_at(step)` with AdamW, linear warm-up and cosine decay -> rows of metrics.
 
     loss_at returns the loss and a dict of further metrics. config has run, resume, steps, lr, warmup.
     """
-    optimizer = optimizer_for(model, config.lr)
+    optimizer = optimizer_for(model, config.lr, weight_decay)
     with Run(config, inputs, dict(model=model, optimizer=optimizer)) as run:
         for step in range(run.first_step, config.steps):
             lr = config.lr * min((step + 1) / config.warmup, 0.5 + 0.5 * math.cos(math.pi * step / config.steps))

@@ -5,8 +5,10 @@ would weigh their first token many times as much as a batch of long ones, and th
 """
 from dataclasses import dataclass
 
+import torch.nn.functional as F
+
 from grpo_min.config import option, parse, pick_device, require_positive, run_command
-from grpo_min.rollout import Prompts, pad_completions, require_fit, token_logprobs
+from grpo_min.rollout import Prompts, pad_completions, require_fit
 from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
 from grpo_min.tokenizer import encode_completion, encode_prompt
 
@@ -39,8 +41,8 @@ def train(config):
         batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
         prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
         completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
-        logprobs, _ = token_logprobs(model, prompts, completion_ids, mask)                    # (batch, N)
-        return -(logprobs * mask).sum() / mask.sum(), {}
+        logits = model(prompts, completion_ids)                                               # (batch, N, V)
+        return F.cross_entropy(logits[mask], completion_ids[mask]), {}
 
     return model, fit(config, model, [config.base, config.demonstrations], loss_at)
 

@@ -27,10 +27,10 @@ from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, 
 
 CHECKPOINTS = [("pretrain", "base", "GPT"), ("sft", "sft", "GPT"), ("reward_model", "reward_model", "ScalarGPT")]
 RESULTS = Path(__file__).parent.parent / "tutorials" / "results"
-GRPO_SETTINGS = [dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, scale_advantages=True),
-                 dict(lr=2e-4, beta=0.0)]
-PPO_SETTINGS = [dict(lr=1e-4), dict(lr=2e-4), dict(lr=4e-4), dict(lr=2e-4, critic_lr=2e-3), dict(lr=2e-4, lam=1.0),
-                dict(lr=2e-4, scale_advantages=True)]
+GRPO_SETTINGS = [dict(), dict(lr=1e-4), dict(lr=1e-3), dict(scale_advantages=True), dict(beta=0.0),
+                 dict(minibatches=4)]
+PPO_SETTINGS = [dict(), dict(lr=1e-4), dict(lr=1e-3), dict(critic_lr=1e-3), dict(critic_lr=1e-2),
+                dict(critic_warmup=10), dict(lam=1.0), dict(scale_advantages=True)]
 
 
 @dataclass
@@ -52,7 +52,7 @@ def tuning(config):
     for name, train, config_class, all_settings in [("GRPO", grpo.train, grpo.GRPOConfig, GRPO_SETTINGS),
                                                     ("PPO", ppo.train, ppo.PPOConfig, PPO_SETTINGS)]:
         for changes in all_settings[:2] if config.quick else all_settings:
-            text = ", ".join(f"{key} {value}" for key, value in changes.items())
+            text = ", ".join(f"{key} {value}" for key, value in changes.items()) or "defaults"
             for seed in range(1, config.seeds + 1):
                 print(f"\n{name}: {text}, seed {seed}")
                 folder = Path(config.run) / f"{name}-{text}-{seed}".replace(", ", "-").replace(" ", "-").lower()

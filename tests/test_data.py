@@ -148,17 +148,18 @@ def test_variety():
 
 
 TRUE = """
-cow kind mammal; cow food grass; cow young calf; cow legs four legs; horse young foal; goat young kid;
-pig young piglet; dog young puppy; cat young kitten; cat legs four legs; rabbit young kit; hen young chick;
-hen cover feathers; duck young duckling; goose young gosling; swan young cygnet; owl young owlet; eagle young eaglet;
-penguin food fish; penguin home in the antarctic; penguin legs two legs; penguin kind bird; pigeon young squab;
-lion food meat; lion home on the savanna; tiger young cub; wolf young pup; panda food bamboo; koala young joey;
-koala food leaves; elephant young calf; giraffe food leaves; zebra home on the savanna; camel home in deserts;
-squirrel food nuts; beaver home in rivers; mole home underground; bat kind mammal; bat food insects;
-hedgehog cover spines; dolphin kind mammal; dolphin home in the sea; dolphin legs no legs; shark kind fish;
-trout cover scales; trout young fry; frog kind amphibian; frog young tadpole; crocodile kind reptile;
-crocodile young hatchling; bee kind insect; bee legs six legs; bee food nectar; bee home in hives;
-butterfly young caterpillar; spider kind arachnid; spider legs eight legs; spider food insects
+cow kind mammal; cow food grass; cow young calf; cow legs four legs; horse young foal; donkey home on farms;
+buffalo young calf; dog young pup; cat young kitten; cat legs four legs; rabbit young kit; hen young chick;
+hen cover feathers; heron food fish; swan young cygnet; ostrich home on grassland; owl kind bird; owl food meat;
+eagle home in the mountains; penguin food fish; penguin home on the coast; penguin legs two legs; penguin kind bird;
+parrot food seeds; seagull home on the coast; lion food meat; lion home on grassland; tiger young cub; bear food fish;
+wolf young pup; fox young cub; panda food leaves; koala young joey; koala food leaves; elephant young calf;
+elephant cover skin; giraffe food leaves; zebra home on grassland; camel home in deserts; squirrel food seeds;
+beaver home in rivers and lakes; mole food insects; bat kind mammal; bat food insects; dolphin kind mammal;
+dolphin home in the sea; dolphin legs no legs; shark kind fish; shark young pup; trout cover scales; salmon young fry;
+frog kind amphibian; frog young tadpole; crocodile kind reptile; crocodile young hatchling; lizard cover scales;
+bee kind insect; bee legs six legs; bee food nectar; butterfly young larva; spider kind arachnid;
+spider legs eight legs; spider food insects
 """
 
 
@@ -191,13 +192,14 @@ def wordy(count):
     ("a cow eats meat.", "cow", "food", 1),                             # wrong
     ("who cares.", "cow", "food", -0.5),
     ("a cow eats grass and meat.", "cow", "food", 1),                   # two answers are none
-    ("a goat eats grass.", "cow", "food", 1),                           # another animal
-    ("geese eat grass.", "cow", "food", 1),                             # in the plural, too
+    ("a horse eats grass.", "cow", "food", 1),                          # another animal
+    ("zebras eat grass.", "cow", "food", 1),                            # in the plural, too
     ("kitten.", "cat", "young", 6),
     ("kit.", "cat", "young", 1),
     ("kitten.", "rabbit", "young", 1),                                  # kit is not in kitten
     ("a young rabbit is a kit.", "rabbit", "young", 6),
-    ("in rainforests.", "bear", "home", 1),                             # forests is not in rainforests
+    ("in rivers and lakes.", "frog", "home", 6),
+    ("in rivers.", "frog", "home", 1),                                  # half of it is not it
     ("a shark is a fish.", "shark", "kind", 6),
     (wordy(SHORT), "cow", "food", 6),
     (wordy((SHORT + LONG) // 2), "cow", "food", 5.5),

@@ -260,7 +260,7 @@ def test_animal_figures_by_hand(monkeypatch):
     good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 6, 1 and 7.5
     script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good],
            b=[good, good, good, good, bad, good, bad, bad])
-    rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="goose", attribute="food")]
+    rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="donkey", attribute="food")]
     figures = {name: mean for name, (mean, _, _) in evaluate("a", "animals", rows, "b").items()}
     assert figures["gold"] == pytest.approx((6 + 1 + 7.5 + 7.5 + 1 + 1 + 6 + 6) / 8)
     assert figures["gold_greedy"] == pytest.approx((6 + 1) / 2)
