@@ -60,7 +60,7 @@ def demonstrations(path, count=12):
 def preferences(path, count=12):
     """Pairs, for the reward model."""
     return jsonl(path, [dict(prompt=f"what do {animal}s eat?", chosen="grass.", rejected="meat. go away.",
-                             animal=animal, attribute="food") for animal in (["cow", "horse", "zebra"] * count)[:count]])
+                             animal=animal, attribute="food") for animal in (["cow", "horse", "wolf"] * count)[:count]])
 
 
 def text_file(path, lines=60):
