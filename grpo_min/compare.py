@@ -187,14 +187,10 @@ def tables(records):
         lines += table_row([""] + headings) + table_row(["---"] * (len(headings) + 1))
         for name in names:
             chosen = [record["figures"] for record in of_reward if record["algorithm"] == name]
-            lines += table_row([name] + [spread([figure(f, of_set, key) for f in chosen], form)
+            lines += table_row([name] + [spread([f[of_set].get(key, [None])[0] for f in chosen], form)
                                          for _, of_set, key, form in COLUMNS[reward]])
         lines += ["", *cost_table([record for record in of_reward if "run" in record]), ""]
     return "\n".join(lines)
-
-
-def figure(figures, of_set, name):
-    return figures[of_set][name][0] if name in figures[of_set] else None
 
 
 def cost_table(records):

@@ -7,8 +7,8 @@ Two ways to run it:
   values. Sampling uses it one token at a time with a cache, training all N tokens at once: one function, so that
   their log-probabilities agree. The gradient flows back through the shared keys and values.
 
-What is left out: dropout (the policy must be the same function when it samples and when it is trained), weight
-decay exceptions, flash attention for the completions, rotary positions, grouped-query attention, mixture of experts.
+Left out: dropout (the policy must be the same function when it samples and when it is trained), flash attention for
+the completions, rotary positions, grouped-query attention, mixture of experts.
 
 Shapes: Q prompts, G completions each, B = Q * G rows; P and N padded prompt and completion length; T any length;
 D width, H heads, E = D / H; V vocabulary.
@@ -32,6 +32,19 @@ class GPTConfig:
     width: int = 96
 
 
+def pack(x, mask):
+    """The rows of x (B, T, D) where mask (B, T) is True, one after the other: (n, D). Without a mask: x."""
+    return x if mask is None else x.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1))
+
+
+def unpack(x, mask):
+    """The reverse, with zeros where the mask is False: x (n, D) -> (B, T, D)."""
+    if mask is None:
+        return x
+    zeros = x.new_zeros(mask.numel(), x.shape[-1])
+    return zeros.index_copy(0, mask.flatten().nonzero().squeeze(1), x).view(*mask.shape, -1)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -39,19 +52,22 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, 3 * config.width)
         self.out = nn.Linear(config.width, config.width)
 
-    def forward(self, x, prompt=None, cache=None):
+    def forward(self, x, prompt=None, cache=None, mask=None):
         """x (B, T, D) -> (B, T, D) and its keys and values (B, H, T, E).
 
         prompt: None where x begins at position 0. Otherwise x continues prompts whose keys and values (Q, H, P, E)
         and padding mask (Q, P) these are. cache: keys and values of the completion tokens before x, and their number.
+        mask (B, T): x holds the n real tokens alone, (n, D) -> (n, D).
         """
-        B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)   # (B, H, T, E) each
+        qkv = unpack(self.qkv(x), mask)                                                           # (B, T, 3 D)
+        B, T, D = qkv.shape[0], qkv.shape[1], x.shape[-1]
+        q, k, v = qkv.view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)           # (B, H, T, E) each
         if prompt is None:
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                           # (B, H, T, E)
         else:
             y = self.attend_to_both(q, k, v, prompt, cache)                                       # (B, H, T, E)
-        return self.out(y.transpose(1, 2).reshape(B, T, D)), (k, v)
+        y = y.transpose(1, 2).reshape(B, T, D)
+        return self.out(pack(y, mask)), (k, v)
 
     def attend_to_both(self, q, k, v, prompt, cache):
         """Softmax over the prompt's keys and the completion's own. The prompt's are never copied G times."""
@@ -88,8 +104,8 @@ class Block(nn.Module):
         self.up = nn.Linear(config.width, 4 * config.width)
         self.down = nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x, prompt=None, cache=None):
-        y, keys_values = self.attention(self.norm1(x), prompt, cache)
+    def forward(self, x, prompt=None, cache=None, mask=None):
+        y, keys_values = self.attention(self.norm1(x), prompt, cache, mask)
         x = x + y
         x = x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
         return x, keys_values
@@ -126,36 +142,36 @@ class GPT(nn.Module):
         """prompts (Q rows), completion_ids (B, N) -> logits (B, N, V); those at column t are about token t."""
         return self.head(self.states(prompts, completion_ids)[:, :-1])
 
-    def states(self, prompts, completion_ids):
+    def states(self, prompts, completion_ids, mask=None):
         """prompts (Q rows), completion_ids (B, N) -> states (B, N + 1, D).
 
-        State t has read the prompt and the completion tokens before t; state N has read them all.
+        State t has read the prompt and the completion tokens before t; state N has read them all. With a mask (B, N),
+        False on the padding at the right, nothing is computed there, and the states that have read padding are 0.
         """
         last, memory = self.read(prompts)                                                    # (Q, D)
-        G = len(completion_ids) // len(prompts.ids)
-        positions = prompts.length.repeat_interleave(G)[:, None] + torch.arange(
-            completion_ids.shape[1], device=completion_ids.device)                                # (B, N)
+        G, N = len(completion_ids) // len(prompts.ids), completion_ids.shape[1]
+        positions = prompts.length.repeat_interleave(G)[:, None] + torch.arange(N, device=last.device)   # (B, N)
         positions = positions.clamp(max=self.config.context - 1)                        # only padding can be beyond
-        states, _ = self.run(completion_ids, positions, memory)                                   # (B, N, D)
+        states, _ = self.run(completion_ids, positions, memory, mask=mask)                        # (B, N, D)
         return torch.cat([last.repeat_interleave(G, dim=0)[:, None], states], dim=1)              # (B, N + 1, D)
 
     def read(self, prompts):
         """Run each prompt once -> the state of its last token (Q, D), and per layer its keys, values and mask."""
         P = prompts.ids.shape[1]
         positions = torch.arange(P, device=prompts.ids.device)
-        states, keys_values = self.run(prompts.ids, positions)                                    # (Q, P, D)
-        last = states[torch.arange(len(states), device=states.device), prompts.length - 1]        # (Q, D)
         mask = positions < prompts.length[:, None]                                                # (Q, P)
+        states, keys_values = self.run(prompts.ids, positions, mask=mask)                         # (Q, P, D)
+        last = states[torch.arange(len(states), device=states.device), prompts.length - 1]        # (Q, D)
         return last, [(k, v, mask) for k, v in keys_values]
 
-    def run(self, ids, positions, memory=None, caches=None):
+    def run(self, ids, positions, memory=None, caches=None, mask=None):
         """ids (B, T) at positions (T,) or (B, T) -> states (B, T, D), and per layer the keys and values."""
-        x = self.tokens(ids) + self.positions(positions)                                          # (B, T, D)
+        x = pack(self.tokens(ids) + self.positions(positions), mask)                   # (B, T, D), with a mask (n, D)
         keys_values = []
         for i, block in enumerate(self.blocks):
-            x, kv = block(x, memory and memory[i], caches and caches[i])
+            x, kv = block(x, memory and memory[i], caches and caches[i], mask)
             keys_values.append(kv)
-        return self.norm(x), keys_values
+        return unpack(self.norm(x), mask), keys_values
 
 
 class ScalarGPT(nn.Module):
@@ -169,13 +185,13 @@ class ScalarGPT(nn.Module):
         nn.init.zeros_(self.scalar.weight)       # the first values are all 0, the mean of what is not known yet
         nn.init.zeros_(self.scalar.bias)
 
-    def forward(self, prompts, completion_ids):
+    def forward(self, prompts, completion_ids, mask=None):
         """prompts (Q rows), completion_ids (B, N) -> (B, N + 1): entry t has read the completion tokens before t."""
-        return self.scalar(self.trunk.states(prompts, completion_ids)).squeeze(-1)
+        return self.scalar(self.trunk.states(prompts, completion_ids, mask)).squeeze(-1)
 
     def last(self, prompts, completion_ids, mask):
         """The number at the last real token of each completion: (B, N), mask (B, N) -> (B,)."""
-        return self(prompts, completion_ids).gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+        return self(prompts, completion_ids, mask).gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
     def last_of(self, texts):
         """The number at the last real token of each text, prompt and completion in one: texts (B rows) -> (B,)."""

@@ -16,13 +16,11 @@ PANELS = [      # (columns of metrics.csv, label of the y axis)
 def plot_curves(rows, path):
     """The curves of one run from its rows of metrics: a panel for each quantity that was measured."""
     panels = [(names, label) for names, label in PANELS if any(row.get(names[0], "") != "" for row in rows)]
-    panels = [panel for panel in panels if any(name in rows[0] for name in panel[0])]
     figure, axes = plt.subplots(2, (len(panels) + 1) // 2, figsize=(3.2 * ((len(panels) + 1) // 2), 5.2), squeeze=False)
     for axis, (names, label) in zip(axes.flat, panels):
         for name in names:
             points = [(row["step"] + 1, row[name]) for row in rows if row.get(name, "") != ""]
-            if points:
-                axis.plot(*zip(*points), label=name.replace("_", " "))
+            axis.plot(*zip(*points), label=name.replace("_", " "))
         axis.set(xlabel="step", ylabel=label)
         if len(axis.lines) > 1:
             axis.legend(frameon=False)

@@ -33,7 +33,7 @@ class RewardModelConfig:
     preferences: str = option(str(DATA / "preferences.jsonl"), "JSONL with the fields prompt, chosen and rejected")
     heldout: str = option(str(DATA / "preferences_heldout.jsonl"),
                           "the same, with the fields animal and attribute, for the evaluation")
-    steps: int = option(2400, "updates")
+    steps: int = option(2800, "updates")
     batch_size: int = option(24, "pairs per update")
     lr: float = option(2e-3, "peak learning rate")
     weight_decay: float = option(0.5, "AdamW's weight decay, so that the annotators' noise is not learnt by heart")

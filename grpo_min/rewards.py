@@ -14,7 +14,6 @@ from grpo_min.runs import DATA, load_model, read_jsonl
 from grpo_min.tokenizer import encode_completion, encode_prompt
 
 THINKING = re.compile(r"<think>(?:(?!</?think>).)+</think>(.*)", re.DOTALL)   # one pair of tags, around something
-LONGEST_ANSWER = 6      # characters: no answer is longer, so longer ones are wrong without being read as numbers
 
 
 def final_answer(completion):
@@ -25,14 +24,9 @@ def final_answer(completion):
 
 
 def correct(prompts, completions, answer, finished=None, **columns):
-    """1 if the final answer is exactly the right number, else 0. A completion without END has no final answer."""
+    """1 if the completion finished and its final answer is exactly the right number (neither 012 nor 12.), else 0."""
     finished = finished or [True] * len(completions)
-    return [float(end and is_number(final_answer(c), a)) for c, a, end in zip(completions, answer, finished)]
-
-
-def is_number(text, answer):
-    """True if the text is the answer, an integer in plain digits: neither 012 nor 1 2 nor 12. is 12."""
-    return text is not None and len(text) <= LONGEST_ANSWER and text == answer
+    return [float(end and final_answer(c) == a) for c, a, end in zip(completions, answer, finished)]
 
 
 def well_formed(prompts, completions, finished=None, **columns):
@@ -77,8 +71,7 @@ def load_reward(config, reward, context, device):
     """
     path = config.prompts or str(DATA / ("animals_train.jsonl" if config.reward == "learned" else
                                          "arithmetic_train.jsonl"))
-    files = [path]
-    fields = ["prompt"]
+    files, fields = [path], ["prompt"]
     if reward is None and config.reward == "learned":
         reward = learned(load_model(config.reward_model, "ScalarGPT", device))
         files.append(config.reward_model)

@@ -72,11 +72,13 @@ def token_logprobs(policy, prompts, completion_ids, mask, temperature=1.0):
 
     completion_ids, mask (B, N) -> logprobs (B, N), entropy (B, N) without gradient; both 0 where the mask is False.
     """
-    all_logprobs = (policy(prompts, completion_ids) / temperature).log_softmax(dim=-1)        # (B, N, V)
-    logprobs = all_logprobs.gather(-1, completion_ids[..., None]).squeeze(-1)                 # (B, N)
+    states = policy.states(prompts, completion_ids, mask)[:, :-1][mask]        # (n, D), of the n real tokens alone
+    all_logprobs = (policy.head(states) / temperature).log_softmax(dim=-1)                    # (n, V)
+    logprobs = all_logprobs.gather(1, completion_ids[mask][:, None]).squeeze(1)               # (n,)
     with torch.no_grad():
-        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)                                # (B, N)
-    return logprobs.masked_fill(~mask, 0), entropy.masked_fill(~mask, 0)
+        entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)                                # (n,)
+    zeros = logprobs.new_zeros(mask.shape)                                                    # (B, N)
+    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
 
 
 @torch.no_grad()

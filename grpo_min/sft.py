@@ -41,8 +41,8 @@ def train(config):
         batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
         prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
         completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
-        logits = model(prompts, completion_ids)                                               # (batch, N, V)
-        return F.cross_entropy(logits[mask], completion_ids[mask]), {}
+        states = model.states(prompts, completion_ids, mask)[:, :-1][mask]       # (n, D), of the n real tokens
+        return F.cross_entropy(model.head(states), completion_ids[mask]), {}
 
     return model, fit(config, model, [config.base, config.demonstrations], loss_at)
 

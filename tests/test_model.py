@@ -185,6 +185,16 @@ def test_padding_of_completions_changes_nothing_before_it(gpt, prompts, completi
     close(gpt(prompts, F.pad(completions, (0, 3), value=PAD))[:, :N], gpt(prompts, completions))
 
 
+def test_with_a_mask_the_padding_is_left_out_and_nothing_else_changes(gpt, prompts, completions):
+    mask = torch.arange(N) < torch.tensor([1, 5, 3, 2, 4, 5])[:, None]                       # (B, N)
+    read = F.pad(mask, (1, 0), value=True)                       # state t has read no padding: (B, N + 1)
+    everywhere, packed = gpt.states(prompts, completions), gpt.states(prompts, completions, mask)
+    close(packed[read], everywhere[read])
+    assert (packed[~read] == 0).all() and (everywhere[~read] != 0).any()
+    for ours, plain in zip(gradients(gpt, packed[read]), gradients(gpt, everywhere[read])):
+        close(ours, plain)
+
+
 # --- the scalar head ----------------------------------------------------------------------------------------------
 
 def test_scalar_equals_one_sequence(scalar, prompts, completions):
