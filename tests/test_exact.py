@@ -1,0 +1,230 @@
+"""The estimators of both loops, summed over everything that can happen.
+
+The policy here knows three tokens and writes at most three of them, END included, so it has 15 completions, and
+groups of two or three of them can all be listed. Every expectation below is therefore a finite sum in float64, no
+sample: what is claimed to be unbiased is compared with autograd's exact gradient of the expected reward J, through the
+very functions that grpo.py and ppo.py train with. Run with -s to see the table of biases and variances.
+"""
+import itertools
+
+import pytest
+import torch
+
+from grpo_min import grpo, ppo
+
+LETTERS, END, LONGEST = (0, 1), 2, 3       # tokens 0 and 1 go on, 2 ends
+STATES = [state for n in range(LONGEST) for state in itertools.product(LETTERS, repeat=n)]       # 1 + 2 + 4 prefixes
+COMPLETIONS = ([state + (END,) for state in STATES] + list(itertools.product(LETTERS, repeat=LONGEST)))
+C = len(COMPLETIONS)                                                                             # 15
+
+
+def table(columns, fill):
+    """Rows of different lengths as one (C, LONGEST) tensor."""
+    return torch.tensor([list(row) + [fill] * (LONGEST - len(row)) for row in columns])
+
+
+IDS = table(COMPLETIONS, 0)                                                                      # (C, 3)
+MASK = torch.tensor([[t < len(c) for t in range(LONGEST)] for c in COMPLETIONS])                 # (C, 3)
+AT = table([[STATES.index(c[:t]) for t in range(len(c))] for c in COMPLETIONS], 0)               # (C, 3) states
+
+
+@pytest.fixture(autouse=True)
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def logits():
+    """The policy: logits (states, 3), other ones in every state."""
+    return torch.randn(len(STATES), 3, generator=torch.Generator().manual_seed(3)).requires_grad_()
+
+
+@pytest.fixture
+def rewards():
+    return torch.randn(C, generator=torch.Generator().manual_seed(4))                            # (C,)
+
+
+def logprobs_of(logits):
+    """Of every token of every completion: (C, 3)."""
+    return logits.log_softmax(-1)[AT, IDS].masked_fill(~MASK, 0)
+
+
+def probabilities(logits):
+    return logprobs_of(logits).sum(1).exp()                                                      # (C,)
+
+
+def exact_gradient(logits, rewards):
+    """Of J, the expected reward."""
+    return torch.autograd.grad((probabilities(logits) * rewards).sum(), logits)[0]
+
+
+def estimates(logits, G, loss_of_group):
+    """Of every group of G completions the gradient estimate (C ** G, states, 3) and the probability (C ** G,).
+
+    loss_of_group(logprobs (G, 3), rows (G,)) -> scalar.
+    """
+    logprobs, p = logprobs_of(logits), probabilities(logits).detach()
+    found, weights = [], []
+    for rows in itertools.product(range(C), repeat=G):
+        loss = loss_of_group(logprobs[list(rows)], torch.tensor(rows))
+        found.append(-torch.autograd.grad(loss, logits, retain_graph=True)[0])
+        weights.append(p[list(rows)].prod())
+    return torch.stack(found), torch.stack(weights)
+
+
+def mean_and_variance(found, weights):
+    """Expected estimate (states, 3), and the sum of the variances of its entries."""
+    mean = (weights[:, None, None] * found).sum(0)
+    return mean, (weights * ((found - mean) ** 2).sum((1, 2))).sum()
+
+
+def clipped(logprobs, advantages, rows, loss=grpo.policy_loss):
+    """The loop's own loss at its first update, where the old policy is this one. advantages (G,) or (G, 3)."""
+    advantages = advantages if advantages.dim() == 2 else advantages[:, None].expand(-1, LONGEST)
+    return loss(logprobs, logprobs.detach(), advantages, MASK[rows], 0.2)
+
+
+def test_probabilities_add_up_to_one(logits):
+    assert C == 15 and probabilities(logits).sum().item() == pytest.approx(1, abs=1e-12)
+
+
+# --- baselines ----------------------------------------------------------------------------------------------------
+
+def leave_one_out(rewards):
+    """Reward minus the mean of the others (RLOO, 2402.14740): (G,) -> (G,)."""
+    return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+
+
+def true_values(logits, rewards):
+    """V(s): the reward expected from each state: (states,)."""
+    p, reaches = probabilities(logits).detach(), torch.zeros(len(STATES), C)
+    for c, completion in enumerate(COMPLETIONS):
+        for t in range(len(completion)):
+            reaches[STATES.index(completion[:t]), c] = 1
+    return (reaches * p * rewards).sum(1) / (reaches * p).sum(1)
+
+
+def with_critic(values, rewards, lam=1.0):
+    """PPO's loss of a group, with these values of the states."""
+    def loss(logprobs, rows):
+        mask = MASK[rows]
+        charged = ppo.at_last_token(rewards[rows], mask)                                         # (G, 3)
+        advantages, _ = ppo.gae(charged, values[AT[rows]].masked_fill(~mask, 0), mask, 1.0, lam)
+        return clipped(logprobs, advantages, rows, ppo.policy_loss)
+    return loss
+
+
+def estimators(logits, rewards, G):
+    """{name: loss of a group}."""
+    found = {
+        "no baseline": lambda logprobs, rows: clipped(logprobs, rewards[rows], rows),
+        "leave one out": lambda logprobs, rows: clipped(logprobs, leave_one_out(rewards[rows]), rows),
+        "group mean": lambda logprobs, rows: clipped(logprobs, grpo.group_advantages(rewards[rows], G), rows),
+        "group mean and std": lambda logprobs, rows: clipped(logprobs, grpo.group_advantages(rewards[rows], G, True),
+                                                             rows),
+        "critic, true values": with_critic(true_values(logits, rewards), rewards),
+        "critic, other values": with_critic(true_values(logits, rewards) + 1, rewards),
+    }
+    return found
+
+
+@pytest.mark.parametrize("G", [2, 3])
+def test_expected_gradients(logits, rewards, G):
+    """No baseline, leave-one-out and any critic are unbiased; the group mean is exactly (G - 1) / G of the gradient."""
+    exact = exact_gradient(logits, rewards)
+    mean = {name: mean_and_variance(*estimates(logits, G, loss))[0]
+            for name, loss in estimators(logits, rewards, G).items()}
+    for name in "no baseline", "leave one out", "critic, true values", "critic, other values":
+        assert (mean[name] - exact).abs().max() < 1e-12, name
+    assert (mean["group mean"] - exact * (G - 1) / G).abs().max() < 1e-12
+    scaled = mean["group mean and std"]
+    assert torch.cosine_similarity(scaled.flatten(), exact.flatten(), dim=0) < 0.9999    # not even the direction
+
+
+def table_of(logits, rewards, G):
+    """{estimator: variance}, printed with the bias."""
+    exact, variances = exact_gradient(logits, rewards), {}
+    print(f"\nmean reward {(probabilities(logits) * rewards).sum():.2f}, groups of {G}")
+    for name, loss in estimators(logits, rewards, G).items():
+        mean, variance = mean_and_variance(*estimates(logits, G, loss))
+        variances[name] = variance.item()
+        print(f"{name:22} bias {(mean - exact).norm() / exact.norm():6.1%} of the gradient   variance {variance:.4f}")
+    return variances
+
+
+def test_table_of_variances(logits, rewards):
+    """A group's mean takes out what all rewards have in common, but of two it is itself noisy: where rewards are zero
+    on average no baseline has the lower variance, and where they are not, a far higher one. True values beat both."""
+    G = 2
+    centred = rewards - (probabilities(logits) * rewards).sum().detach()
+    low, high = table_of(logits, centred, G), table_of(logits, centred + 3, G)
+    for name in set(low) - {"no baseline"}:
+        assert high[name] == pytest.approx(low[name], rel=1e-6), name              # a constant changes nothing
+    assert low["no baseline"] < low["leave one out"] < high["no baseline"]
+    assert low["critic, true values"] < min(low["no baseline"], low["critic, other values"])
+    assert low["group mean"] == pytest.approx(low["leave one out"] * ((G - 1) / G) ** 2)
+
+
+# --- the KL -------------------------------------------------------------------------------------------------------
+
+def kl_of(logits, reference):
+    """KL(policy || reference) over completions, exactly: a scalar with a gradient."""
+    return (probabilities(logits) * (logprobs_of(logits) - logprobs_of(reference)).sum(1)).sum()
+
+
+@pytest.fixture
+def reference():
+    return torch.randn(len(STATES), 3, generator=torch.Generator().manual_seed(5))
+
+
+def as_a_loss(logits, reference, kind):
+    """The expected gradient of beta = 1 times the loops' penalty."""
+    penalty = (grpo.kl_estimate(logprobs_of(logits), logprobs_of(reference), kind) * MASK).sum(1)        # (C,)
+    return torch.autograd.grad((probabilities(logits).detach() * penalty).sum(), logits)[0]
+
+
+def in_the_reward(logits, reference, kind):
+    """The expected gradient of charging the estimate as a negative reward, summed over the completion."""
+    charge = (grpo.kl_estimate(logprobs_of(logits), logprobs_of(reference), kind) * MASK).sum(1).detach()
+    return exact_gradient(logits, charge)
+
+
+def at_held_states(logits, reference, divergence):
+    """The gradient of the mean divergence of the states that are visited, as if the visits did not change."""
+    policy, other = logits.log_softmax(-1), reference.log_softmax(-1)
+    per_state = {"forward": (policy.exp() * (policy - other)).sum(-1),          # KL(policy || reference), (states,)
+                 "reverse": (other.exp() * (other - policy)).sum(-1)}[divergence]
+    visits = (probabilities(logits).detach()[:, None] * MASK)                                            # (C, 3)
+    return torch.autograd.grad((visits * per_state[AT]).sum(), logits)[0]
+
+
+def test_expectation_of_the_estimates(logits, reference):
+    exact, p = kl_of(logits, reference).item(), probabilities(logits)
+    of = {kind: (p * (grpo.kl_estimate(logprobs_of(logits), logprobs_of(reference), kind) * MASK).sum(1)).sum().item()
+          for kind in ("k1", "k2", "k3")}
+    assert of["k1"] == pytest.approx(exact, abs=1e-12) and of["k3"] == pytest.approx(exact, abs=1e-12)
+    assert abs(of["k2"] - exact) > 0.01 * exact                                                 # k2 is biased
+
+
+def test_gradients_of_the_kl(logits, reference):
+    """As a loss an estimate sees the states as they are; charged in the reward, k1 also counts where actions lead."""
+    exact = torch.autograd.grad(kl_of(logits, reference), logits)[0]
+    assert as_a_loss(logits, reference, "k1").abs().max() < 1e-12
+    assert (as_a_loss(logits, reference, "k2") - at_held_states(logits, reference, "forward")).abs().max() < 1e-12
+    assert (as_a_loss(logits, reference, "k3") - at_held_states(logits, reference, "reverse")).abs().max() < 1e-12
+    assert (in_the_reward(logits, reference, "k1") - exact).abs().max() < 1e-12
+    for kind in "k2", "k3":
+        assert (in_the_reward(logits, reference, kind) - exact).norm() > 0.05 * exact.norm()
+        assert (as_a_loss(logits, reference, kind) - exact).norm() > 0.05 * exact.norm()
+
+
+def test_over_a_single_token_the_loss_forms_are_exact(logits, reference):
+    """Where every completion ends at once or is cut after one token, no state leads to another."""
+    policy, other = logits[0].log_softmax(-1), reference[0].log_softmax(-1)
+    for kind, (a, b) in {"k2": (policy, other), "k3": (other, policy)}.items():
+        penalty = (policy.exp().detach() * grpo.kl_estimate(policy, other, kind)).sum()
+        divergence = (a.exp() * (a - b)).sum()
+        ours, exact = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (penalty, divergence))
+        assert (ours - exact).abs().max() < 1e-12
