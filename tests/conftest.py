@@ -32,6 +32,14 @@ def root():
 
 
 @pytest.fixture
+def double():
+    """Everything in float64, so that a difference is an error and not rounding."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
 def make():
     """make(kind=GPT, vocab_size=.., context=.., seed=0) -> a tiny GPT or ScalarGPT with random weights."""
     def make(kind=GPT, vocab_size=VOCAB_SIZE, context=32, std=0.5, seed=0):

@@ -26,13 +26,7 @@ def table(columns, fill):
 IDS = table(COMPLETIONS, 0)                                                                      # (C, 3)
 MASK = torch.tensor([[t < len(c) for t in range(LONGEST)] for c in COMPLETIONS])                 # (C, 3)
 AT = table([[STATES.index(c[:t]) for t in range(len(c))] for c in COMPLETIONS], 0)               # (C, 3) states
-
-
-@pytest.fixture(autouse=True)
-def double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture

@@ -16,14 +16,7 @@ from grpo_min.rollout import Prompts
 from grpo_min.tokenizer import END, PAD, VOCAB_SIZE
 
 G, N = 2, 5
-
-
-@pytest.fixture(autouse=True)
-def double():
-    """Everything in float64, so that a difference is an error and not rounding."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture
