@@ -59,13 +59,12 @@ def estimates(logits, G, loss_of_group):
 
     loss_of_group(logprobs (G, 3), rows (G,)) -> scalar.
     """
-    logprobs, p = logprobs_of(logits), probabilities(logits).detach()
-    found, weights = [], []
-    for rows in itertools.product(range(C), repeat=G):
-        loss = loss_of_group(logprobs[list(rows)], torch.tensor(rows))
-        found.append(-torch.autograd.grad(loss, logits, retain_graph=True)[0])
-        weights.append(p[list(rows)].prod())
-    return torch.stack(found), torch.stack(weights)
+    logprobs = logprobs_of(logits).detach()
+    groups = torch.tensor(list(itertools.product(range(C), repeat=G)))                           # (C ** G, G)
+    by_logprobs = torch.func.vmap(torch.func.grad(loss_of_group))(logprobs[groups], groups)      # (C ** G, G, 3)
+    jacobian = torch.autograd.functional.jacobian(logprobs_of, logits.detach())                  # (C, 3, states, 3)
+    found = -torch.einsum("ngt,ngtsv->nsv", by_logprobs, jacobian[groups])
+    return found, probabilities(logits).detach()[groups].prod(1)
 
 
 def mean_and_variance(found, weights):
@@ -110,6 +109,17 @@ def with_critic(values, rewards, lam=1.0):
     return loss
 
 
+def divided(rewards, G, by):
+    """Leave-one-out advantages, with another divisor than the number of completions: each completion's own length
+    ("sequence"), all the tokens of the group ("token", DAPO 2503.14476), or the longest length there can be ("constant",
+    Dr. GRPO 2503.20783). The loss is linear in the advantages, so that dividing these divides its terms."""
+    def loss(logprobs, rows):
+        length = MASK[rows].sum(1)                                                               # (G,)
+        divisor = {"sequence": length, "token": length.sum() / G, "constant": LONGEST}[by]
+        return clipped(logprobs, leave_one_out(rewards[rows]) / divisor, rows)
+    return loss
+
+
 def estimators(logits, rewards, G):
     """{name: loss of a group}."""
     found = {
@@ -119,32 +129,54 @@ def estimators(logits, rewards, G):
         "group mean and std": lambda logprobs, rows: clipped(logprobs, grpo.group_advantages(rewards[rows], G, True),
                                                              rows),
         "critic, true values": with_critic(true_values(logits, rewards), rewards),
-        "critic, other values": with_critic(true_values(logits, rewards) + 1, rewards),
+        "critic, values 1 too high": with_critic(true_values(logits, rewards) + 1, rewards),
+        "leave one out, constant": divided(rewards, G, "constant"),
+        "leave one out, token mean": divided(rewards, G, "token"),
+        "leave one out, seq. mean": divided(rewards, G, "sequence"),
     }
     return found
 
 
+def angle(a, b):
+    """Between two gradients, in degrees."""
+    return torch.cosine_similarity(a.flatten(), b.flatten(), dim=0).clamp(-1, 1).acos().rad2deg().item()
+
+
 @pytest.mark.parametrize("G", [2, 3])
 def test_expected_gradients(logits, rewards, G):
-    """No baseline, leave-one-out and any critic are unbiased; the group mean is exactly (G - 1) / G of the gradient."""
+    """No baseline, leave-one-out and any critic are unbiased; the group mean is exactly (G - 1) / G of the gradient, and
+    a constant divisor exactly the gradient divided by it. The others do not even point the same way."""
     exact = exact_gradient(logits, rewards)
     mean = {name: mean_and_variance(*estimates(logits, G, loss))[0]
             for name, loss in estimators(logits, rewards, G).items()}
-    for name in "no baseline", "leave one out", "critic, true values", "critic, other values":
+    for name in "no baseline", "leave one out", "critic, true values", "critic, values 1 too high":
         assert (mean[name] - exact).abs().max() < 1e-12, name
     assert (mean["group mean"] - exact * (G - 1) / G).abs().max() < 1e-12
-    scaled = mean["group mean and std"]
-    assert torch.cosine_similarity(scaled.flatten(), exact.flatten(), dim=0) < 0.9999    # not even the direction
+    assert (mean["leave one out, constant"] - exact / LONGEST).abs().max() < 1e-12
+    for name in "group mean and std", "leave one out, token mean", "leave one out, seq. mean":
+        assert angle(mean[name], exact) > 1, name
+
+
+def test_what_the_sequence_mean_optimises(logits, rewards):
+    """Dividing by a completion's own length optimises the reward per token, and the baseline no longer cancels: less
+    the mean reward times the expected 1 / length. Bad completions are made longer, where good ones are made shorter."""
+    per_token = exact_gradient(logits, rewards / MASK.sum(1))
+    J = (probabilities(logits) * rewards).sum().detach()
+    expected = per_token - J * exact_gradient(logits, 1 / MASK.sum(1))
+    mean, _ = mean_and_variance(*estimates(logits, 2, divided(rewards, 2, "sequence")))
+    assert (mean - expected).abs().max() < 1e-12
 
 
 def table_of(logits, rewards, G):
     """{estimator: variance}, printed with the bias."""
     exact, variances = exact_gradient(logits, rewards), {}
-    print(f"\nmean reward {(probabilities(logits) * rewards).sum():.2f}, groups of {G}")
+    print(f"\nmean reward {(probabilities(logits) * rewards).sum():.2f}, groups of {G}\n"
+          f"{'estimator':26} bias / gradient   angle to it   variance")
     for name, loss in estimators(logits, rewards, G).items():
         mean, variance = mean_and_variance(*estimates(logits, G, loss))
         variances[name] = variance.item()
-        print(f"{name:22} bias {(mean - exact).norm() / exact.norm():6.1%} of the gradient   variance {variance:.4f}")
+        bias = (mean - exact).norm() / exact.norm()
+        print(f"{name:26} {bias:15.1%}   {angle(mean, exact):9.1f}°   {variance:10.4f}")
     return variances
 
 
@@ -157,8 +189,52 @@ def test_table_of_variances(logits, rewards):
     for name in set(low) - {"no baseline"}:
         assert high[name] == pytest.approx(low[name], rel=1e-6), name              # a constant changes nothing
     assert low["no baseline"] < low["leave one out"] < high["no baseline"]
-    assert low["critic, true values"] < min(low["no baseline"], low["critic, other values"])
+    assert low["critic, true values"] < min(low["no baseline"], low["critic, values 1 too high"])
     assert low["group mean"] == pytest.approx(low["leave one out"] * ((G - 1) / G) ** 2)
+
+
+# --- the critic ---------------------------------------------------------------------------------------------------
+
+def of_critic(logits, rewards, values, lam=1.0):
+    """Expected gradient and variance of PPO's estimate from a single completion, with these values of the states."""
+    return mean_and_variance(*estimates(logits, 1, with_critic(values, rewards, lam)))
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("scale", [0.3, 3.0, 300.0])
+def test_with_lambda_one_any_values_are_unbiased(logits, rewards, scale, seed):
+    values = torch.randn(len(STATES), generator=torch.Generator().manual_seed(seed)) * scale
+    assert (of_critic(logits, rewards, values)[0] - exact_gradient(logits, rewards)).abs().max() < 1e-12 * max(scale, 1)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 0.95])
+def test_with_a_smaller_lambda_only_true_values_are_unbiased(logits, rewards, lam):
+    """What the critic gets wrong is believed the more, the smaller lambda is."""
+    exact, values = exact_gradient(logits, rewards), true_values(logits, rewards)
+    assert (of_critic(logits, rewards, values, lam)[0] - exact).abs().max() < 1e-12
+    wrong = values + torch.randn(len(STATES), generator=torch.Generator().manual_seed(6))
+    bias = [(of_critic(logits, rewards, wrong, each)[0] - exact).norm() for each in (lam, (1 + lam) / 2)]
+    assert bias[0] > 1.5 * bias[1] > 0.01 * exact.norm()
+
+
+def test_variance_is_least_near_the_true_values(logits, rewards):
+    """The variance is a paraboloid over the values of the 7 states. Its lowest point is not exactly at the true values
+    (the best baseline weights rewards by the squared gradient of their log-probability), but not far from them."""
+    true = true_values(logits, rewards)
+    unit = torch.eye(len(STATES))
+
+    def variance(shift):
+        return of_critic(logits, rewards, true + shift)[1].item()
+    middle = variance(0 * true)
+    slope = torch.tensor([(variance(e) - variance(-e)) / 2 for e in unit])                       # (states,)
+    curve = torch.tensor([[variance(a + b) - variance(a) - variance(b) + middle for b in unit] for a in unit])
+    assert (torch.linalg.eigvalsh(curve) > 0).all(), "it has a lowest point"
+    best = -torch.linalg.solve(curve, slope)
+    least, noisy = variance(best), [variance(sign * e) for e in unit for sign in (-1, 1)]
+    print(f"\nvariance of one completion: {least:.4f} at best, {middle:.4f} with the true values, {min(noisy):.4f} to "
+          f"{max(noisy):.4f} with one of the seven values 1 off, {variance(-true + 3):.4f} with all values 3")
+    assert (best.abs() < 0.6 * rewards.std()).all()
+    assert least < middle < 1.2 * least and middle < variance(-true) < variance(-true + 3)
 
 
 # --- the KL -------------------------------------------------------------------------------------------------------
@@ -209,16 +285,24 @@ def test_gradients_of_the_kl(logits, reference):
     assert (as_a_loss(logits, reference, "k2") - at_held_states(logits, reference, "forward")).abs().max() < 1e-12
     assert (as_a_loss(logits, reference, "k3") - at_held_states(logits, reference, "reverse")).abs().max() < 1e-12
     assert (in_the_reward(logits, reference, "k1") - exact).abs().max() < 1e-12
-    for kind in "k2", "k3":
-        assert (in_the_reward(logits, reference, kind) - exact).norm() > 0.05 * exact.norm()
-        assert (as_a_loss(logits, reference, kind) - exact).norm() > 0.05 * exact.norm()
+    print("\ngradient of the KL penalty, compared with that of KL(policy || reference)")
+    for name, form, kind in [("k2 as a loss", as_a_loss, "k2"), ("k3 as a loss", as_a_loss, "k3"),
+                             ("k2 in the reward", in_the_reward, "k2"), ("k3 in the reward", in_the_reward, "k3")]:
+        found = form(logits, reference, kind)
+        print(f"{name:16} {found.norm() / exact.norm():5.2f} times as long, {angle(found, exact):3.0f}° off")
+        assert angle(found, exact) > 5, name
 
 
-def test_over_a_single_token_the_loss_forms_are_exact(logits, reference):
-    """Where every completion ends at once or is cut after one token, no state leads to another."""
+def test_gradients_of_the_kl_over_a_single_token(logits, reference):
+    """Where no state leads to another, the loss forms are exact, each for its own direction of the KL."""
     policy, other = logits[0].log_softmax(-1), reference[0].log_softmax(-1)
-    for kind, (a, b) in {"k2": (policy, other), "k3": (other, policy)}.items():
-        penalty = (policy.exp().detach() * grpo.kl_estimate(policy, other, kind)).sum()
-        divergence = (a.exp() * (a - b)).sum()
-        ours, exact = (torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (penalty, divergence))
-        assert (ours - exact).abs().max() < 1e-12
+    p = policy.exp()
+
+    def gradient(scalar):
+        return torch.autograd.grad(scalar, logits, retain_graph=True)[0]
+    forward, reverse = gradient((p * (policy - other)).sum()), gradient((other.exp() * (other - policy)).sum())
+    loss = {kind: gradient((p.detach() * grpo.kl_estimate(policy, other, kind)).sum()) for kind in ("k1", "k2", "k3")}
+    charged = gradient((p * grpo.kl_estimate(policy, other, "k1").detach()).sum())
+    for found, expected in [(loss["k1"], 0 * forward), (loss["k2"], forward), (loss["k3"], reverse), (charged, forward)]:
+        assert (found - expected).abs().max() < 1e-12
+    assert angle(forward, reverse) > 5
