@@ -111,8 +111,8 @@ def with_critic(values, rewards, lam=1.0):
 
 def divided(rewards, G, by):
     """Leave-one-out advantages, with another divisor than the number of completions: each completion's own length
-    ("sequence"), all the tokens of the group ("token", DAPO 2503.14476), or the longest length there can be ("constant",
-    Dr. GRPO 2503.20783). The loss is linear in the advantages, so that dividing these divides its terms."""
+    ("sequence"), all the tokens of the group ("token", DAPO 2503.14476), or the longest length there can be
+    ("constant", Dr. GRPO 2503.20783). The loss is linear in the advantages: dividing these divides its terms."""
     def loss(logprobs, rows):
         length = MASK[rows].sum(1)                                                               # (G,)
         divisor = {"sequence": length, "token": length.sum() / G, "constant": LONGEST}[by]
@@ -144,8 +144,8 @@ def angle(a, b):
 
 @pytest.mark.parametrize("G", [2, 3])
 def test_expected_gradients(logits, rewards, G):
-    """No baseline, leave-one-out and any critic are unbiased; the group mean is exactly (G - 1) / G of the gradient, and
-    a constant divisor exactly the gradient divided by it. The others do not even point the same way."""
+    """No baseline, leave-one-out and any critic are unbiased; the group mean is exactly (G - 1) / G of the gradient,
+    and a constant divisor exactly the gradient divided by it. The others do not even point the same way."""
     exact = exact_gradient(logits, rewards)
     mean = {name: mean_and_variance(*estimates(logits, G, loss))[0]
             for name, loss in estimators(logits, rewards, G).items()}
@@ -303,6 +303,7 @@ def test_gradients_of_the_kl_over_a_single_token(logits, reference):
     forward, reverse = gradient((p * (policy - other)).sum()), gradient((other.exp() * (other - policy)).sum())
     loss = {kind: gradient((p.detach() * grpo.kl_estimate(policy, other, kind)).sum()) for kind in ("k1", "k2", "k3")}
     charged = gradient((p * grpo.kl_estimate(policy, other, "k1").detach()).sum())
-    for found, expected in [(loss["k1"], 0 * forward), (loss["k2"], forward), (loss["k3"], reverse), (charged, forward)]:
+    for found, expected in [(loss["k1"], 0 * forward), (loss["k2"], forward), (loss["k3"], reverse),
+                            (charged, forward)]:
         assert (found - expected).abs().max() < 1e-12
     assert angle(forward, reverse) > 5

@@ -12,23 +12,13 @@ import pytest
 import torch
 
 from tests import tiny
+from tests.tiny import LOOPS, recorded_rollouts, settings
 from grpo_min import grpo, ppo, pretrain, reward_model, runs, sft
 from grpo_min.config import UserError
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, token_logprobs
 from grpo_min.runs import load_checkpoint, load_model, read_csv
-
-LOOPS = pytest.mark.parametrize("loop", [grpo, ppo], ids=["grpo", "ppo"])
-
-
-def settings(loop, folder, **more):
-    """A config of that loop: 4 prompts, 3 completions of at most 6 tokens each; writes nothing unless run is given."""
-    config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
-    return config_class(**dict(dict(
-        run="", sft=tiny.checkpoint(folder / "sft.pt"), prompts=tiny.prompts(folder / "prompts.jsonl"), steps=3,
-        prompts_per_step=4, group_size=3, max_new_tokens=6, lr=1e-2, device="cpu"), **more))
-
 
 def letter_e(prompts, completions, **columns):
     """A reward that a random policy already gets a little of: the share of the letter e."""
@@ -51,17 +41,6 @@ def mean(rows, name):
 
 def state(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def recorded_rollouts(loop, monkeypatch):
-    """A list that will hold (prompts, rollout) of every step."""
-    seen, sample = [], loop.sample
-
-    def recording(policy, prompts, *rest):
-        seen.append((prompts, sample(policy, prompts, *rest)))
-        return seen[-1][1]
-    monkeypatch.setattr(loop, "sample", recording)
-    return seen
 
 
 # --- learning -----------------------------------------------------------------------------------------------------
@@ -146,12 +125,6 @@ def test_later_epochs_have_other_ratios(loop, tmp_path):
     assert len(seen) == 4 and seen[0] < 1e-6 and seen[2] < 1e-6 and seen[1] > 1e-3 and seen[3] > 1e-3
     seen, rows = record_ratios(loop, tmp_path, epochs=2, clip_eps=0.001)
     assert rows[0]["clip_low"] > 0 and rows[0]["clip_high"] > 0
-
-
-@LOOPS
-def test_later_minibatches_have_other_ratios(loop, tmp_path):
-    seen, _ = record_ratios(loop, tmp_path, minibatches=2)
-    assert len(seen) == 4 and seen[0] < 1e-6 and seen[2] < 1e-6 and seen[1] > 1e-3 and seen[3] > 1e-3
 
 
 @LOOPS

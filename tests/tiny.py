@@ -5,8 +5,10 @@ Nothing here is trained and nothing is read from data/checkpoints.
 import json
 import math
 
+import pytest
 import torch
 
+from grpo_min import grpo, ppo
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min.runs import save_file, serialise, weights
 from grpo_min.tokenizer import END
@@ -15,6 +17,7 @@ torch.set_num_threads(1)      # of tensors this small, several threads only get 
 
 CONFIG = dict(context=64, layers=1, heads=2, width=16)
 PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]      # of different lengths, so that batches are padded
+LOOPS = pytest.mark.parametrize("loop", [grpo, ppo], ids=["grpo", "ppo"])
 WALL_CLOCK = ("seconds_", "memory_mb")                                  # columns of metrics.csv that no seed decides
 
 
@@ -67,6 +70,25 @@ def text_file(path, lines=60):
     """A text to pretrain on."""
     path.write_text("".join(f"a cow eats grass and {i} plus {i} is {2 * i}.\n" for i in range(lines)))
     return str(path)
+
+
+def settings(loop, folder, **more):
+    """A config of that loop: 4 prompts, 3 completions of at most 6 tokens each; writes nothing unless run is given."""
+    config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
+    return config_class(**dict(dict(
+        run="", sft=checkpoint(folder / "sft.pt"), prompts=prompts(folder / "prompts.jsonl"), steps=3,
+        prompts_per_step=4, group_size=3, max_new_tokens=6, lr=1e-2, device="cpu"), **more))
+
+
+def recorded_rollouts(loop, monkeypatch):
+    """A list that will hold (prompts, rollout) of every step."""
+    seen, sample = [], loop.sample
+
+    def recording(policy, prompts, *rest):
+        seen.append((prompts, sample(policy, prompts, *rest)))
+        return seen[-1][1]
+    monkeypatch.setattr(loop, "sample", recording)
+    return seen
 
 
 def without_clock(rows):
