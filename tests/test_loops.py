@@ -17,7 +17,7 @@ from grpo_min import grpo, ppo, pretrain, reward_model, runs, sft
 from grpo_min.config import UserError
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
-from grpo_min.rollout import Prompts, token_logprobs
+from grpo_min.rollout import Prompts, pad_completions, token_logprobs
 from grpo_min.runs import load_checkpoint, load_model, read_csv
 
 def letter_e(prompts, completions, **columns):
@@ -159,6 +159,27 @@ def test_reference_does_not_move(loop, where, minibatches, tmp_path, monkeypatch
         assert torch.allclose(torch.cat(refs[step * minibatches:(step + 1) * minibatches]), expected, atol=1e-5)
     gap = (torch.cat(policies[-minibatches:]) - torch.cat(refs[-minibatches:])).abs().max()
     assert gap > 1e-2, "the policy has to have moved for this to prove anything"
+
+
+@LOOPS
+def test_trained_ids_are_the_sampled_ones(loop, tmp_path, monkeypatch):
+    # Decoded and encoded again, the completions would mostly be other ids: the tokenizer never writes them this way.
+    rollouts, trained, token_logprobs = [], [], loop.token_logprobs
+
+    def sampled(*arguments, sample=loop.sample):
+        rollouts.append(sample(*arguments))
+        return dataclasses.replace(rollouts[-1])
+
+    def recording(policy, prompts, completion_ids, mask, temperature):
+        assert torch.equal(completion_ids, rollouts[-1].completion_ids) and torch.equal(mask, rollouts[-1].mask)
+        trained.append(completion_ids)
+        return token_logprobs(policy, prompts, completion_ids, mask, temperature)
+    monkeypatch.setattr(loop, "sample", sampled)
+    monkeypatch.setattr(loop, "token_logprobs", recording)
+    loop.train(settings(loop, tmp_path), reward=letter_e)
+    assert len(trained) == 3
+    again, _ = pad_completions(rollouts[0].texts(), finished=rollouts[0].finished.tolist())
+    assert again.shape != trained[0].shape or not torch.equal(again, trained[0])
 
 
 @LOOPS

@@ -1,0 +1,49 @@
+"""The columns of metrics.csv, by hand: over the real tokens alone, over completions, over groups, over updates."""
+import math
+
+import pytest
+import torch
+
+from grpo_min.metrics import average, rollout_metrics, shown_samples, update_metrics
+from grpo_min.rollout import Rollout, pad_completions
+
+MASK = torch.tensor([[True, True, False], [True, False, False]])
+
+
+def test_update_metrics_by_hand():
+    """Three real tokens, with ratios 1.5, 1 and 0.5; what stands in the padding does not count."""
+    old = torch.zeros(2, 3)
+    logprobs = torch.tensor([[math.log(1.5), 0.0, 9.0], [math.log(0.5), -9.0, -9.0]])
+    sampled, entropy = torch.tensor([[0.0, 0.25, 0.0], [-0.5, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0], [3.0, 0, 0]])
+    row = update_metrics(torch.tensor(7.0), 0.5, logprobs, old, sampled, entropy, MASK, 0.2)
+    assert row == pytest.approx(dict(loss=7, grad_norm=0.5, entropy=2, clip_low=1 / 3, clip_high=1 / 3, gap=0.5))
+
+
+def test_average_of_updates():
+    assert average([dict(loss=1.0, gap=0.5), dict(loss=4.0, gap=0.1)]) == dict(loss=2.5, gap=0.5)
+
+
+@pytest.fixture
+def rollout():
+    """Two prompts, two completions each; the last was cut."""
+    ids, mask = pad_completions(["1", "<think> 1</think> 2", "", "1"], finished=[True, True, True, False])
+    return Rollout(ids, mask, torch.zeros(ids.shape), torch.tensor([True, True, True, False]))
+
+
+def test_rollout_metrics_by_hand(rollout):
+    batch, texts = [dict(prompt="p", answer="1"), dict(prompt="q", answer="1")], rollout.texts()
+    kl = torch.ones(rollout.mask.shape) * rollout.mask * 0.1
+    row = rollout_metrics(torch.tensor([1.0, 3.0, 2.0, 2.0]), texts, batch, rollout, 2, kl)
+    lengths = [2, 5, 1, 1]                                                      # in tokens, END included
+    assert rollout.length.tolist() == lengths
+    assert row == pytest.approx(dict(reward=2, reward_std=math.sqrt(2) / 2, accuracy=1 / 4, thinking=1 / 4,
+                                     equal_groups=1 / 2, truncated=1 / 4, length=9 / 4, kl=0.9 / 4))
+    alone = rollout_metrics(torch.ones(4), texts, [dict(prompt="p")] * 4, rollout, 1, None)
+    assert [alone[name] for name in ("reward_std", "accuracy", "equal_groups", "kl")] == [""] * 4
+
+
+def test_shown_samples_are_those_of_the_first_prompt(rollout):
+    shown = shown_samples(list("abcd"), torch.tensor([0.0, 1, 2, 3]), torch.arange(8.0).view(4, 2),
+                          [dict(prompt="p"), dict(prompt="q")], 2)
+    assert [(row["prompt"], row["completion"], row["reward"], row["advantage"]) for row in shown] == [
+        ("p", "a", 0, 0), ("p", "b", 1, 2), ("q", "c", 2, 4), ("q", "d", 3, 6)]
