@@ -8,9 +8,11 @@ import csv
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -86,6 +88,7 @@ def save_file(path, content):
         temporary.write_bytes(content)
         os.replace(temporary, path)
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         kept = " (the last good one is intact)" if Path(path).exists() else ""
         raise UserError(f"cannot write {path}: {error.strerror}{kept}", exit_code=1)
 
@@ -181,13 +184,13 @@ class Run:
                 else:
                     move_aside(self.folder)
             make_folder(self.folder)
-            save_file(self.folder / "config.json", json.dumps(self.settings, indent=1).encode())
             if self.first_step == 0:
                 for name in "metrics.csv", "samples.jsonl":
                     (self.folder / name).write_text("")
                 self.save(self.checkpoint(0))
-        self.started = self.shown = time.perf_counter()
-        self.saved = self.started
+            # Last, because it is what makes the folder a run: one that is killed before this has nothing to resume.
+            save_file(self.folder / "config.json", json.dumps(self.settings, indent=1).encode())
+        self.started = self.shown = self.saved = time.perf_counter()
         try:
             self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         except ValueError:                       # not in the main thread: Ctrl-C stays as it is
@@ -218,12 +221,14 @@ class Run:
             else:
                 part.load_state_dict(checkpoint[name])
         self.first_step = checkpoint["step"]
-        self.rows = [row for row in read_csv(self.folder / "metrics.csv") if row["step"] < self.first_step]
+        self.rows = read_csv(self.folder / "metrics.csv", self.first_step)
         require(len(self.rows) == self.first_step, f"--resume: {self.folder}/metrics.csv lacks rows")
         write_csv(self.folder / "metrics.csv", self.rows)
-        with open(self.folder / "samples.jsonl", encoding="utf-8") as file:
-            samples = [line for line in file if json.loads(line)["step"] < self.first_step]
-        (self.folder / "samples.jsonl").write_text("".join(samples), encoding="utf-8")
+        # What a crash has torn stands behind the lines of these steps: a line that has no step yet is left out.
+        lines = (self.folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
+        steps = [re.match(rb'{"step": (\d+), ', line) for line in lines]
+        kept = [line for line, step in zip(lines, steps) if step and int(step[1]) < self.first_step]
+        save_file(self.folder / "samples.jsonl", b"".join(kept))
 
     def checkpoint(self, step):
         """The bytes of a checkpoint of the state after `step` steps; the first part is the model."""
@@ -288,9 +293,7 @@ class Run:
 
 def number(text):
     """A cell of metrics.csv as it was: int, float, or "" where nothing was measured."""
-    if text == "":
-        return ""
-    return int(text) if text.lstrip("-").isdigit() else float(text)
+    return text and (int(text) if text.lstrip("-").isdigit() else float(text))
 
 
 def column_names(rows):
@@ -299,19 +302,19 @@ def column_names(rows):
 
 
 def write_csv(path, rows):
-    with open(path, "w", newline="") as file:
-        if rows:
-            writer = csv.DictWriter(file, column_names(rows))
-            writer.writeheader()
-            writer.writerows(rows)
+    file = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(file, column_names(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+    save_file(path, file.getvalue().encode())
 
 
-def read_csv(path):
-    try:
-        with open(path, newline="") as file:
-            return [{name: number(text) for name, text in row.items()} for row in csv.DictReader(file)]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
+def read_csv(path, count=None):
+    """The first `count` rows (all, unless told)."""
+    with open(path, newline="") as file:
+        rows = itertools.islice(csv.DictReader(file), count)
+        return [{name: number(text) for name, text in row.items()} for row in rows]
 
 
 def make_folder(folder):
@@ -323,9 +326,7 @@ def make_folder(folder):
 
 def move_aside(folder):
     """Rename a folder to the first free NAME.1, NAME.2, ...: what was there is kept."""
-    n = 1
-    while Path(f"{folder}.{n}").exists():
-        n += 1
+    n = next(n for n in itertools.count(1) if not Path(f"{folder}.{n}").exists())
     try:
         folder.rename(f"{folder}.{n}")
     except OSError as error:

@@ -17,6 +17,17 @@ from grpo_min.rollout import Prompts, pad  # noqa: E402
 from grpo_min.tokenizer import ASSISTANT, USER, VOCAB_SIZE  # noqa: E402
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; only with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="only with -m slow"))
+
+
 def randomise(model, std=0.5, seed=0):
     """Draw every parameter, biases and norms included, from N(0, std)."""
     generator = torch.Generator().manual_seed(seed)

@@ -409,9 +409,10 @@ def test_run_folder_that_cannot_be_made(command, refused, tmp_path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
 @pytest.mark.parametrize("command, name", [(grpo, "metrics.csv"), (grpo, "samples.jsonl"), (sft, "metrics.csv")])
-def test_disk_is_full(command, name, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / name).symlink_to("/dev/full")
+def test_disk_is_full(command, name, tmp_path, capsys, monkeypatch):
+    def full(path, *arguments, **keywords):
+        return open("/dev/full" if Path(path).name == name else path, *arguments, **keywords)
+    monkeypatch.setattr(runs, "open", full, raising=False)
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: works(command, tmp_path))
     error = capsys.readouterr().err

@@ -18,13 +18,9 @@ from grpo_min.rollout import Prompts, Rollout
 from grpo_min.runs import load_model
 from grpo_min.tokenizer import END, PAD
 from tests import tiny
-from tests.tiny import LOOPS, recorded_rollouts, settings
+from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
 
 TEMPERATURE, BETA, SHIFT = 0.7, 0.1, 0.5
-
-
-def share_of_e(prompts, completions, **columns):
-    return [text.count("e") / max(len(text), 1) for text in completions]
 
 
 @dataclass
@@ -163,7 +159,7 @@ def test_first_update_is_the_policy_gradient_and_later_ones_are_not(loop, tmp_pa
         return objective
     for passes in dict(epochs=2), dict(minibatches=2):
         ratios.clear(), differences.clear()
-        loop.train(settings(loop, tmp_path, steps=2, **passes), loss=loss, reward=share_of_e)
+        loop.train(settings(loop, tmp_path, steps=2, **passes), loss=loss, reward=letter_e)
         assert [(ratio == 1).all().item() for ratio in ratios] == [True, False, True, False]
         assert [bool(difference < 1e-7) for difference in differences] == [True, False, True, False]
 
@@ -239,7 +235,7 @@ def test_end_is_trained_and_what_follows_it_is_not(loop, batch, gradients, monke
 def test_sampler_and_trainer_agree_after_updates_too(loop, temperature, tmp_path, monkeypatch):
     rollouts = recorded_rollouts(loop, monkeypatch)
     config = settings(loop, tmp_path, steps=8, temperature=temperature, prompts_per_step=8, max_new_tokens=12, lr=3e-3)
-    _, rows = loop.train(config, reward=share_of_e)
+    _, rows = loop.train(config, reward=letter_e)
     assert all(row["gap"] < 5e-5 for row in rows)
     assert all(len(rollout.length.unique()) > 1 for _, rollout in rollouts), "rows have to end at different times"
     assert rows[-1]["kl"] > 0.01, "and the policy has to have moved"

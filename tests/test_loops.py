@@ -2,7 +2,6 @@
 resume to the bit. Whatever holds for both loops is tested on both, through the arguments that a reader may swap
 (reward, advantage, loss, kl, model, evaluate): what these functions are called with tells what the loop does.
 """
-import csv
 import dataclasses
 import json
 import os
@@ -12,18 +11,13 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.tiny import LOOPS, recorded_rollouts, settings
+from tests.tiny import LOOPS, assert_same_run, letter_e, recorded_rollouts, settings
 from grpo_min import grpo, ppo, pretrain, reward_model, runs, sft
 from grpo_min.config import UserError
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, pad_completions, token_logprobs
 from grpo_min.runs import load_checkpoint, load_model, read_csv
-
-def letter_e(prompts, completions, **columns):
-    """A reward that a random policy already gets a little of: the share of the letter e."""
-    return [text.count("e") / max(len(text), 1) for text in completions]
-
 
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
@@ -475,19 +469,6 @@ def interrupt():
 
 def crash():
     raise RuntimeError("the power went out")
-
-
-def cells(folder):
-    """metrics.csv as text, cell by cell, without what the wall clock decides."""
-    with open(folder / "metrics.csv", newline="") as file:
-        return tiny.without_clock(csv.DictReader(file))
-
-
-def assert_same_run(a, b):
-    """Checkpoints, samples and metrics of two run folders are equal to the bit, but for the clock."""
-    assert tiny.same(load_checkpoint(a / "checkpoint.pt"), load_checkpoint(b / "checkpoint.pt"))
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-    assert cells(a) == cells(b) and [row["step"] for row in cells(a)] == [str(step) for step in range(len(cells(a)))]
 
 
 @LOOPS

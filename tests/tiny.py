@@ -2,6 +2,7 @@
 
 Nothing here is trained and nothing is read from data/checkpoints.
 """
+import csv
 import json
 import math
 
@@ -10,7 +11,7 @@ import torch
 
 from grpo_min import grpo, ppo
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
-from grpo_min.runs import save_file, serialise, weights
+from grpo_min.runs import load_checkpoint, save_file, serialise, weights
 from grpo_min.tokenizer import END
 
 torch.set_num_threads(1)      # of tensors this small, several threads only get in each other's way
@@ -80,6 +81,11 @@ def settings(loop, folder, **more):
         prompts_per_step=4, group_size=3, max_new_tokens=6, lr=1e-2, device="cpu"), **more))
 
 
+def letter_e(prompts, completions, **columns):
+    """A reward that a random policy already gets a little of: the share of the letter e."""
+    return [text.count("e") / max(len(text), 1) for text in completions]
+
+
 def recorded_rollouts(loop, monkeypatch):
     """A list that will hold (prompts, rollout) of every step."""
     seen, sample = [], loop.sample
@@ -105,3 +111,16 @@ def same(a, b):
     if isinstance(a, (list, tuple)):
         return isinstance(b, (list, tuple)) and len(a) == len(b) and all(map(same, a, b))
     return a == b or (isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b))
+
+
+def cells(folder):
+    """metrics.csv as text, cell by cell, without what the wall clock decides."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return without_clock(csv.DictReader(file))
+
+
+def assert_same_run(a, b):
+    """Checkpoints, samples and metrics of two run folders are equal to the bit, but for the clock."""
+    assert same(load_checkpoint(a / "checkpoint.pt"), load_checkpoint(b / "checkpoint.pt"))
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    assert cells(a) == cells(b) and [row["step"] for row in cells(a)] == [str(step) for step in range(len(cells(a)))]
