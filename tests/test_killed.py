@@ -2,8 +2,8 @@
 
 Real processes get SIGKILL, after a random time or at a random line of runs.py, which is where files are written; some
 die in the middle of writing a checkpoint. Each is resumed, and in the end the weights, the optimizers' states, the
-samples and every column of metrics.csv but seconds and memory equal those of an uninterrupted run to the bit. `python
--m pytest -m slow` kills seven times as often.
+samples and every column of metrics.csv but seconds and memory equal those of an uninterrupted run to the bit.
+`python -m pytest -m slow` kills seven times as often.
 """
 import dataclasses
 import errno

@@ -1,4 +1,8 @@
-"""The columns of metrics.csv, by hand: over the real tokens alone, over completions, over groups, over updates."""
+"""The columns of metrics.csv mean what the table in metrics.py says: each is worked out by hand on a few tokens.
+
+Tokens count where the mask is True and nowhere else; groups are those of one prompt; of several updates the mean is
+taken, and of the gap between sampler and trainer the largest.
+"""
 import math
 
 import pytest
