@@ -3,24 +3,18 @@
 Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. A stage whose
 result with the same settings is in the folder already is not run again; an unfinished one is continued.
 """
-import os
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
-
-import torch
 
 from grpo_min import compare, pretrain, reward_model, sft
 from grpo_min.compare import train_or_reuse
 from grpo_min.config import option, parse, pick_device, run_command
-from grpo_min.metrics import peak_memory_mb
+from grpo_min.report import QUESTIONS, page, pipeline_table, tables
 from grpo_min.rewards import learned
 from grpo_min.runs import load_model, save_file
-from grpo_min.sample import ask, show_answers
+from grpo_min.sample import show_answers
 
-QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
-             "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
 QUICK = dict(pretrain=dict(steps=40), sft=dict(steps=40), reward_model=dict(steps=10),
              compare=dict(steps=3, eval_prompts=20))
 
@@ -36,26 +30,6 @@ class MainConfig:
 
 def title(text):
     print(f"\n=== {text} ".ljust(100, "="), flush=True)
-
-
-def page(models):
-    """Real answers of several models to the same questions, as Markdown: {name: policy} -> text."""
-    lines = ["Two answers of each model, sampled at temperature 1.", ""]
-    for question in QUESTIONS:
-        lines += [f"**{question}**", ""]
-        for name, policy in models.items():
-            lines += [f"* {name}: " + " / ".join(f"`{text.strip()}`" for text in ask(policy, question))]
-        lines += [""]
-    return "\n".join(lines)
-
-
-def pipeline_table(seconds, device):
-    """Seconds of each stage, peak memory and the machine, as Markdown."""
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {value:.0f} |" for name, value in seconds.items()),
-             f"| **all** | **{sum(seconds.values()):.0f}** ({sum(seconds.values()) / 60:.1f} minutes) |", "",
-             f"Peak memory {peak_memory_mb(device):.0f} MB; {machine}, torch {torch.__version__}, {date.today()}.", ""]
-    return "\n".join(lines)
 
 
 def main(argv=None):
@@ -104,7 +78,7 @@ def main(argv=None):
     save_file(folder / "before_after.md", text.encode())
     print(text)
     title("GRPO and PPO on equal terms")
-    print(compare.tables(records))
+    print(tables(records))
     text = pipeline_table(seconds, device)
     if from_nothing:
         save_file(folder / "pipeline.md", text.encode())

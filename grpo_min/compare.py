@@ -20,6 +20,7 @@ from grpo_min.config import option, parse, pick_device, require, require_positiv
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.plots import plot_comparison
+from grpo_min.report import state_bytes, tables
 from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file, write_csv
 from grpo_min.sample import show_answers
 
@@ -133,81 +134,6 @@ def one_run(config, folder, name, reward, seed, sft):
     return dict(algorithm=name, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
                 completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
                 state_bytes=state_bytes(policy, settings))
-
-
-def state_bytes(policy, config):
-    """Bytes of what training holds beside activations: weights, gradients and Adam's two moments of what is trained,
-    and the reference's weights."""
-    one = sum(p.numel() * p.element_size() for p in policy.parameters())
-    state = {"policy": one, "reference": one if config.beta > 0 else 0, "gradients": one, "Adam's moments": 2 * one}
-    if isinstance(config, ppo.PPOConfig):
-        critic = one + (policy.config.width + 1) * 4          # the trunk and the scalar head
-        state.update({"critic": critic, "gradients": one + critic, "Adam's moments": 2 * (one + critic)})
-    return state
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-COLUMNS = {     # reward: [(heading, set, figure, form)]
-    "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"),
-                ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
-                ("pass@4", "arithmetic_test", "pass@4", "{:.1%}"),
-                ("thinking", "arithmetic_test", "thinking", "{:.1%}"),
-                ("one more operation", "arithmetic_longer", "accuracy", "{:.1%}"),
-                ("length (tokens)", "arithmetic_test", "length", "{:.1f}")],
-    "learned": [("gold score", "animals_test", "gold", "{:.2f}"),
-                ("way to the maximum", "animals_test", "progress", "{:.1%}"),
-                ("wins against SFT", "animals_test", "win_rate", "{:.1%}"),
-                ("correct", "animals_test", "correct", "{:.1%}"),
-                ("length (tokens)", "animals_test", "length", "{:.1f}")],
-}
-
-
-def spread(values, form):
-    """Mean (lowest to highest) over seeds; of one seed the value alone."""
-    values = [value for value in values if value is not None]
-    if not values:
-        return "-"
-    low, high = form.format(min(values)), form.format(max(values))
-    return form.format(np.mean(values)) + (f" ({low} to {high})" if len(values) > 1 and low != high else "")
-
-
-def tables(records):
-    """The records as Markdown: a table per reward, of quality and of cost."""
-    lines = []
-    for reward in dict.fromkeys(record["reward"] for record in records):
-        of_reward = [record for record in records if record["reward"] == reward]
-        names = list(dict.fromkeys(record["algorithm"] for record in of_reward))
-        seeds = len({record["seed"] for record in of_reward if record["algorithm"] != "SFT"})
-        title = {"correct": "Arithmetic, rewarded for right answers",
-                 "learned": "Animals, rewarded by the reward model"}
-        lines += [f"**{title[reward]}** (held out; mean over {seeds} seed{'s' if seeds > 1 else ''}"
-                  f"{', lowest to highest' if seeds > 1 else ''})", ""]
-        headings = [heading for heading, *_ in COLUMNS[reward]]
-        lines += table_row([""] + headings) + table_row(["---"] * (len(headings) + 1))
-        for name in names:
-            chosen = [record["figures"] for record in of_reward if record["algorithm"] == name]
-            lines += table_row([name] + [spread([f[of_set].get(key, [None])[0] for f in chosen], form)
-                                         for _, of_set, key, form in COLUMNS[reward]])
-        lines += ["", *cost_table([record for record in of_reward if "run" in record]), ""]
-    return "\n".join(lines)
-
-
-def cost_table(records):
-    phases = ["sample", "score", "critic", "update"]
-    headings = ["", *(f"{phase} (s)" for phase in phases), "step (s)", "model state (MB)", "peak memory (MB)"]
-    lines = table_row(headings) + table_row(["---"] * len(headings))
-    for name in dict.fromkeys(record["algorithm"] for record in records):
-        chosen = [record for record in records if record["algorithm"] == name]
-        lines += table_row([name, *(spread([r["seconds"][phase] for r in chosen], "{:.2f}") for phase in phases),
-                            spread([sum(r["seconds"].values()) for r in chosen], "{:.2f}"),
-                            f"{sum(chosen[0]['state_bytes'].values()) / 1e6:.1f}",
-                            f"{max(r['peak_memory_mb'] for r in chosen):.0f}"])
-    return lines
-
-
-def table_row(cells):
-    return ["| " + " | ".join(cells) + " |"]
 
 
 def main(argv=None):

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 
 from grpo_min import grpo, ppo
-from grpo_min.compare import spread, table_row, train_or_reuse
+from grpo_min.compare import train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.pretrain import pack, read_documents
+from grpo_min.report import spread, table_row
 from grpo_min.reward_model import judge
 from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
 

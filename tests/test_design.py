@@ -18,7 +18,8 @@ FLOORS = [      # lowest first; a module imports from lower floors only
     {"pretrain", "sft", "reward_model", "evaluate", "sample", "label"}, {"grpo", "ppo"},
     {"compare", "study", "report", "benchmark", "__main__"},
 ]
-SAME_FLOOR = {("__main__", "compare"), ("study", "compare")}
+SAME_FLOOR = {("__main__", "compare"), ("study", "compare"), ("compare", "report"), ("study", "report"),
+              ("__main__", "report")}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
