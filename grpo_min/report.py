@@ -107,5 +107,6 @@ def pipeline_table(seconds, device):
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {value:.0f} |" for name, value in seconds.items()),
              f"| **all** | **{sum(seconds.values()):.0f}** ({sum(seconds.values()) / 60:.1f} minutes) |", "",
-             f"Peak memory {peak_memory_mb(device):.0f} MB; {machine}, torch {torch.__version__}, {date.today()}.", ""]
+             f"Peak memory of a process {max(peak_memory_mb(device, of) for of in (False, True)):.0f} MB, with one "
+             f"process to a core; {machine}, torch {torch.__version__}, {date.today()}.", ""]
     return "\n".join(lines)

@@ -54,7 +54,7 @@ class Mutant:
 
 
 MUTANTS = [Mutant(*row) for row in [
-    (1, "rollout", "mask[:, t] = running", "mask[:, t] = running & (token != END)",
+    (1, "rollout", "mask[rows, t] = on", "mask[rows, t] = on & (token != END)",
      "rollout::mask_ends_with_end"),
     (1, "rollout", "ids, length = pad([encode_completion(text, end) for text, end in zip(texts, finished)], device)",
      "ids, length = pad([encode_completion(text, False) for text, end in zip(texts, finished)], device)",
@@ -104,9 +104,9 @@ MUTANTS = [Mutant(*row) for row in [
      "minibatches)]",
      "parts = [token_logprobs(policy, *part, 1.0)[0] for part, _ in split(prompts, rollout, minibatches)]",
      "loops::reference_does_not_move[loss-1-grpo]"),
-    (5, "rollout", "token = inverse_cdf(all_logprobs.exp(), uniforms[:, t])",
+    (5, "rollout", "token = inverse_cdf(all_logprobs.exp(), uniforms[rows, t])",
      "token = inverse_cdf((all_logprobs - 1e9 * (all_logprobs < all_logprobs.topk(5)[0][:, -1:])).exp(), "
-     "uniforms[:, t])",
+     "uniforms[rows, t])",
      "rollout::frequencies_match_the_policy[1.0]"),
 
     (6, "grpo", "rewards, texts = score(reward, batch, rollout, config.group_size)",
