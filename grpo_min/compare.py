@@ -25,9 +25,8 @@ from grpo_min import grpo, ppo, reward_model, runs
 from grpo_min.config import UserError, option, parse, pick_device, require, require_positive, run_command
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
-from grpo_min.plots import plot_comparison
-from grpo_min.report import state_bytes, tables
-from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file, write_csv
+from grpo_min.report import state_bytes, tables, write
+from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file
 
 ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "GRPO": (grpo.train, grpo.GRPOConfig, {}),
@@ -35,8 +34,6 @@ ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
 }
 SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
-CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
-          "seconds_sample", "seconds_score", "seconds_critic", "seconds_update"]       # kept in comparison-*.csv
 PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
     "correct": {}, "learned": dict(steps=150, lr=6e-4, beta=0.1),
 }
@@ -157,18 +154,6 @@ def sft_record(config, reward):
     sft = load_model(config.sft, "GPT", pick_device(config.device))
     figures = evaluate_or_reuse(Path(config.run) / f"sft-{reward}.json", config, sft, sft, reward)
     return dict(algorithm="SFT", reward=reward, seed=0, figures=figures)
-
-
-def write(records, path):
-    """Write the records of one reward: their figures, curves, tables and picture."""
-    kept = [{name: value for name, value in record.items() if name != "rows"} for record in records]
-    save_file(f"{path}.json", json.dumps(kept, indent=1).encode())
-    trained = [record for record in records if "run" in record]
-    write_csv(f"{path}.csv", [dict(algorithm=run["algorithm"], seed=run["seed"],
-                                   **{name: row.get(name, "") for name in CURVES})
-                              for run in trained for row in run["rows"]])
-    save_file(f"{path}.md", tables(records).encode())
-    plot_comparison(trained, f"{path}.png")
 
 
 def one_run(config, name, reward, seed):

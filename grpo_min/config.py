@@ -5,6 +5,8 @@ import sys
 
 import torch
 
+from grpo_min.ranks import join
+
 
 class UserError(ValueError):
     """Something the user can mend. Commands print it as one line and exit with `exit_code`."""
@@ -46,12 +48,13 @@ def require_positive(config, *names):
 
 
 def pick_device(name):
-    """auto, cpu, cuda or mps -> a torch.device; auto is CUDA where there is one, else the CPU."""
+    """auto, cpu, cuda or mps -> a torch.device; auto is CUDA where there is one, else the CPU. Under torchrun: this
+    rank's own, after it has met the others."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     require(name != "cuda" or torch.cuda.is_available(), "--device cuda: torch finds no CUDA device here")
     require(name != "mps" or torch.backends.mps.is_available(), "--device mps: torch finds no MPS device here")
-    return torch.device(name)
+    return join(torch.device(name))
 
 
 def run_command(main):

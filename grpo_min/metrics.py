@@ -22,6 +22,7 @@ import time
 import numpy as np
 import torch
 
+from grpo_min.ranks import mean_of_rows
 from grpo_min.rewards import correct
 
 
@@ -85,7 +86,8 @@ def average(updates):
 def record(run, step, row, clock, samples):
     """Complete a row with seconds, memory and completions, warn of trouble, and hand it to the run."""
     per_step = run.config.prompts_per_step * run.config.group_size
-    row.update(completions=(step + 1) * per_step, **clock.laps, memory_mb=peak_memory_mb(clock.device))
+    row = mean_of_rows(dict(row, **clock.laps, memory_mb=peak_memory_mb(clock.device)), clock.device)
+    row.update(completions=(step + 1) * per_step)
     for name, is_trouble, meaning in TROUBLE:
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from grpo_min.config import UserError, option, parse, pick_device, require, require_positive, run_command
 from grpo_min.model import GPT, GPTConfig
+from grpo_min.ranks import share
 from grpo_min.runs import DATA, fit
 from grpo_min.tokenizer import END, encode
 
@@ -74,7 +75,7 @@ def train(config):
         if epoch not in packed:
             packed.clear()
             packed[epoch] = pack(documents, config.context, f"{config.seed} {epoch}").to(device)
-        ids = packed[epoch][index * config.batch_size:(index + 1) * config.batch_size]       # (batch, context + 1)
+        ids = share(packed[epoch][index * config.batch_size:(index + 1) * config.batch_size])     # (batch, context + 1)
         logits = model.plain(ids[:, :-1])                                                    # (batch, context, V)
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()), {}
 

@@ -23,6 +23,7 @@ import torch
 
 from grpo_min.config import UserError, require
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
+from grpo_min.ranks import RANK, RANKS, mean, share
 from grpo_min.tokenizer import VOCAB_SIZE
 
 DATA = Path(__file__).parent.parent / "data"
@@ -67,16 +68,18 @@ def columns(rows):
 
 
 def batch_rows(count, batch_size, seed, step):
-    """The rows of a step's batch: each epoch in an order of its own, its last incomplete batch left out."""
+    """The rows of a step's batch (of this rank's share): each epoch in an order of its own, its last incomplete batch
+    left out."""
     require(batch_size <= count, f"a batch of {batch_size} from only {count} rows")
+    require(batch_size % RANKS == 0, f"a batch of {batch_size} does not divide among {RANKS} ranks")
     epoch, index = divmod(step, count // batch_size)
-    order = torch.randperm(count, generator=generator(seed, epoch))
-    return order[index * batch_size:(index + 1) * batch_size].tolist()
+    order = torch.randperm(count, generator=generator(seed, epoch, rank=0))
+    return share(order[index * batch_size:(index + 1) * batch_size].tolist())
 
 
-def generator(seed, step):
-    """A CPU generator that depends on the seed and the step alone."""
-    digest = hashlib.sha256(f"{seed} {step}".encode()).digest()
+def generator(seed, step, rank=RANK):
+    """A CPU generator that depends on the seed, the step and the rank alone."""
+    digest = hashlib.sha256(f"{seed} {step}{f' rank {rank}' if rank else ''}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
 
 
@@ -183,8 +186,10 @@ class Run:
                         raise
                     except (OSError, ValueError, KeyError, TypeError) as error:
                         raise UserError(f"--resume: what is in {self.folder} is damaged ({error})")
-                else:
+                elif RANK == 0:
                     move_aside(self.folder)
+            self.folder = self.folder if RANK == 0 else None          # the others write nothing
+        if self.folder:
             make_folder(self.folder)
             if self.first_step == 0:
                 for name in "metrics.csv", "samples.jsonl":
@@ -225,6 +230,8 @@ class Run:
         self.first_step = checkpoint["step"]
         self.rows = read_csv(self.folder / "metrics.csv", self.first_step)
         require(len(self.rows) == self.first_step, f"--resume: {self.folder}/metrics.csv lacks rows")
+        if RANK > 0:
+            return
         write_csv(self.folder / "metrics.csv", self.rows)
         # What a crash has torn stands behind the lines of these steps: a line that has no step yet is left out.
         lines = (self.folder / "samples.jsonl").read_bytes().splitlines(keepends=True)
@@ -353,6 +360,8 @@ def update(run, model, optimizer, loss, max_norm=1.0):
     """Backward, clip the gradient to a norm of at most `max_norm`, one step of the optimizer -> the norm before."""
     optimizer.zero_grad()
     loss.backward()
+    for parameter in model.parameters():
+        mean(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
     run.check_finite(loss.item(), norm)
     optimizer.step()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 
 from grpo_min.config import option, parse, pick_device, require_positive, run_command
+from grpo_min.ranks import mean
 from grpo_min.rollout import Prompts, pad_completions, require_fit
 from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
 from grpo_min.tokenizer import encode_completion, encode_prompt
@@ -42,7 +43,8 @@ def train(config):
         prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
         completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
         states = model.states(prompts, completion_ids, mask)[:, :-1][mask]       # (n, D), of the n real tokens
-        return F.cross_entropy(model.head(states), completion_ids[mask]), {}
+        tokens = mean(mask.sum().float())                                        # over the ranks, if there are several
+        return F.cross_entropy(model.head(states), completion_ids[mask], reduction="sum") / tokens, {}
 
     return model, fit(config, model, [config.base, config.demonstrations], loss_at)
 

@@ -14,7 +14,8 @@ from grpo_min import grpo, ppo
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "grpo_min"
 FLOORS = [      # lowest first; a module imports from lower floors only
-    {"tokenizer", "config", "gold", "variants"}, {"model"}, {"plots"}, {"runs", "rollout"}, {"rewards"}, {"metrics"},
+    {"ranks"}, {"tokenizer", "config", "gold", "variants"}, {"model"}, {"plots"}, {"runs", "rollout"}, {"rewards"},
+    {"metrics"},
     {"pretrain", "sft", "reward_model", "evaluate", "sample", "label"}, {"grpo", "ppo"},
     {"compare", "study", "report", "benchmark", "__main__"},
 ]
