@@ -47,27 +47,31 @@ def main(argv=None):
     def stage_done(name):
         seconds[name] = time.perf_counter() - started - sum(seconds.values())
 
-    title("1. pretraining: the base model")
-    base, _ = train_or_reuse(pretrain.train, settings(pretrain.PretrainConfig, "pretrain", seed=config.seed))
-    show_answers(base, QUESTIONS[1:3])
-    stage_done("pretraining")
-
-    title("2. supervised fine-tuning: the SFT model")
-    sft_model, _ = train_or_reuse(sft.train, settings(sft.SFTConfig, "sft", base=base_file, seed=config.seed))
-    show_answers(sft_model, QUESTIONS[1:3])
-    stage_done("supervised fine-tuning")
-
-    title("3. the reward model, from preferences; beside it 4. GRPO and PPO on arithmetic")
-    more = dict(sft=sft_file, reward_model=reward_file, seeds=1, algorithms="GRPO,PPO")
-    arithmetic = settings(compare.CompareConfig, "compare", rewards="correct", **more)
-    animals = settings(compare.CompareConfig, "compare", rewards="learned", **more)
     with compare.beside_each_other(device) as begin:
+        def train(module, config):
+            return begin(train_or_reuse, module.train, config).result()[0]
+
+        title("1. pretraining: the base model")
+        base = train(pretrain, settings(pretrain.PretrainConfig, "pretrain", seed=config.seed))
+        show_answers(base, QUESTIONS[1:3])
+        stage_done("pretraining")
+
+        title("2. supervised fine-tuning: the SFT model")
+        sft_model = train(sft, settings(sft.SFTConfig, "sft", base=base_file, seed=config.seed))
+        show_answers(sft_model, QUESTIONS[1:3])
+        stage_done("supervised fine-tuning")
+
+        title("3. the reward model, from preferences; beside it 4. GRPO and PPO on arithmetic")
+        more = dict(sft=sft_file, reward_model=reward_file, seeds=1, algorithms="GRPO,PPO")
+        arithmetic = settings(compare.CompareConfig, "compare", rewards="correct", **more)
+        animals = settings(compare.CompareConfig, "compare", rewards="learned", **more)
         model = begin(compare.train_reward_model, settings(reward_model.RewardModelConfig, "reward_model",
                                                            sft=sft_file, seed=config.seed))
         runs = compare.start(arithmetic, begin)
         model = model.result()
         show_answers(sft_model, QUESTIONS[2:], learned(model))
         stage_done("reward model, and beside it GRPO or PPO on arithmetic")
+
         title("4. GRPO and PPO on animals, rewarded by the reward model")
         runs.update(compare.start(animals, begin))
         records = compare.finish(animals, runs)
