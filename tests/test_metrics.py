@@ -4,11 +4,13 @@ Tokens count where the mask is True and nowhere else; groups are those of one pr
 taken, and of the gap between sampler and trainer the largest.
 """
 import math
+import types
 
 import pytest
 import torch
 
-from grpo_min.metrics import average, rollout_metrics, shown_samples, update_metrics
+from grpo_min import metrics
+from grpo_min.metrics import Clock, average, rollout_metrics, shown_samples, thinks, update_metrics
 from grpo_min.rollout import Rollout, pad_completions
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
@@ -21,6 +23,8 @@ def test_update_metrics_by_hand():
     sampled, entropy = torch.tensor([[0.0, 0.25, 0.0], [-0.5, 0.0, 0.0]]), torch.tensor([[1.0, 2.0, 0.0], [3.0, 0, 0]])
     row = update_metrics(torch.tensor(7.0), 0.5, logprobs, old, sampled, entropy, MASK, 0.2)
     assert row == pytest.approx(dict(loss=7, grad_norm=0.5, entropy=2, clip_low=1 / 3, clip_high=1 / 3, gap=0.5))
+    below = update_metrics(torch.tensor(7.0), 0.5, logprobs, old, -3 * sampled, entropy, MASK, 0.2)
+    assert below["gap"] == 1.5                                                            # whichever is the larger
 
 
 def test_average_of_updates():
@@ -44,6 +48,32 @@ def test_rollout_metrics_by_hand(rollout):
                                      equal_groups=1 / 2, truncated=1 / 4, length=9 / 4, kl=0.9 / 4))
     alone = rollout_metrics(torch.ones(4), texts, [dict(prompt="p")] * 4, rollout, 1, None)
     assert [alone[name] for name in ("reward_std", "accuracy", "equal_groups", "kl")] == [""] * 4
+
+
+def test_nearly_equal_rewards_are_not_equal(rollout):
+    batch = [dict(prompt="p", answer="1"), dict(prompt="q", answer="1")]
+    row = rollout_metrics(torch.tensor([1.0, 1.001, 2.0, 2.001]), rollout.texts(), batch, rollout, 2, None)
+    assert row["equal_groups"] == 0
+
+
+def test_thinking_is_beginning_with_the_tag():
+    assert [thinks(text) for text in ("<think>", " <think> 1", "2 <think> 1", "think", "")] == [True, True] + [False] * 3
+
+
+def test_clock_adds_up_the_laps_of_each_phase(monkeypatch):
+    times = iter([0.0, 1.0, 3.0, 6.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(times))
+    clock = Clock(torch.device("cpu"))
+    for phase in "update", "critic", "update":
+        clock.lap(phase)
+    assert clock.laps == dict(seconds_update=4.0, seconds_critic=2.0)
+
+
+@pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 2**20)])
+def test_memory_is_in_megabytes(platform, unit, monkeypatch):
+    monkeypatch.setattr(metrics.sys, "platform", platform)
+    monkeypatch.setattr(metrics.resource, "getrusage", lambda who: types.SimpleNamespace(ru_maxrss=200 * unit))
+    assert metrics.peak_memory_mb(torch.device("cpu")) == 200
 
 
 def test_shown_samples_are_those_of_the_first_prompt(rollout):

@@ -214,5 +214,14 @@ def test_last_reads_the_last_real_token(scalar, prompts, completions):
     close(scalar.last(prompts, completions.masked_fill(~mask, 77), mask), scores)
 
 
+def test_a_completion_that_fills_the_context(scalar):
+    """32 tokens with the prompt: the last one stands at the last position."""
+    prompts = Prompts.from_texts(["a"])
+    n = 32 - int(prompts.length)
+    ids = torch.randint(6, VOCAB_SIZE, (1, n), generator=torch.Generator().manual_seed(3))
+    states, _ = scalar.trunk.run(torch.cat([prompts.ids, ids], 1), torch.arange(32))
+    close(scalar.last(prompts, ids, torch.ones(1, n, dtype=torch.bool)), scalar.scalar(states[:, -1])[:, 0])
+
+
 def test_scalar_begins_at_zero(prompts, completions):
     assert (ScalarGPT(GPTConfig(context=32))(prompts, completions) == 0).all()

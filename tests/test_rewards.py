@@ -18,7 +18,9 @@ from grpo_min.metrics import interval
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import correct, final_answer, learned, score, weighted_sum, well_formed
 from grpo_min.rollout import Prompts, Rollout, pad_completions
+from grpo_min.runs import DATA, generator, load_model, read_jsonl
 from grpo_min.tokenizer import END, encode_completion, encode_prompt
+from tests import tiny
 
 THOUGHT = "<think> 3 times 9 is 27, 27 plus 1 is 28</think>"
 
@@ -296,35 +298,79 @@ def test_evaluate_a_tiny_policy(make, domain, names):
 
 
 def script(monkeypatch, **texts):
-    """Let the policies "a" and "b" answer from a script: texts per policy, in the order of the rows."""
-    def answers(policy, prompts, samples, temperature, *_, **__):
-        said = texts[policy][::1 if temperature else 4]                          # greedy: the first of the 4 samples
+    """Let the policies "a" and "b" answer from a script: texts per policy, in the order of the rows -> the calls.
+
+    What ends in a star was cut there. Greedy answers are the last of the 4 samples of each row.
+    """
+    calls = []
+
+    def answers(policy, prompts, samples, temperature, seed=0):
+        calls.append((policy, samples, temperature, seed))
+        said = texts[policy][slice(None) if temperature else slice(3, None, 4)]
         assert len(said) == len(prompts) * samples
-        return said, [not text.endswith("..") for text in said], [len(text) for text in said]
+        return [text.rstrip("*") for text in said], [not text.endswith("*") for text in said], list(map(len, said))
     monkeypatch.setattr(evaluation, "answers", answers)
+    return calls
 
 
 def test_arithmetic_figures_by_hand(monkeypatch):
-    script(monkeypatch, a=["1", "1", "2", "<think> x</think> 1", "2", "1", "1..", "2.."])
+    script(monkeypatch, a=["1", "1", "2", "<think> x</think> 1", "1", "2", "2*", "1*"])
     rows = [dict(prompt="p", answer="1"), dict(prompt="q", answer="2")]
     figures = {name: mean for name, (mean, _, _) in evaluate("a", "arithmetic", rows).items()}
     # of the 4 answers of each row, 3 and 1 are right: of the 6 pairs of answers, 6 and 3 hold a right one
     assert figures == pytest.approx({
-        "accuracy": 0.5, "accuracy_greedy": 1, "pass@2": 0.75, "pass@4": 1, "thinking": 1 / 8,
-        "length": (1 + 1 + 1 + 19 + 1 + 1 + 3 + 3) / 8, "truncated": 2 / 8})
+        "accuracy": 0.5, "accuracy_greedy": 0.5, "pass@2": 0.75, "pass@4": 1, "thinking": 1 / 8,
+        "length": (1 + 1 + 1 + 19 + 1 + 1 + 2 + 2) / 8, "truncated": 2 / 8})
 
 
 def test_animal_figures_by_hand(monkeypatch):
-    good, bad, best = "grass.", "meat.", "grass. happy to help!"                  # 6, 1 and 7.5
-    script(monkeypatch, a=[good, bad, best, best, bad, bad, good, good],
-           b=[good, good, good, good, bad, good, bad, bad])
+    good, bad, best, rude = "grass.", "meat.", "grass. happy to help!", "grass. who cares."      # 6, 1, 7.5 and 4.5
+    calls = script(monkeypatch, a=[good, bad, best, best, bad, bad, good, rude],
+                   b=[good, good, good, good, bad, good, bad, bad])
     rows = [dict(prompt="p", animal="cow", attribute="food"), dict(prompt="q", animal="donkey", attribute="food")]
-    figures = {name: mean for name, (mean, _, _) in evaluate("a", "animals", rows, "b").items()}
-    assert figures["gold"] == pytest.approx((6 + 1 + 7.5 + 7.5 + 1 + 1 + 6 + 6) / 8)
-    assert figures["gold_greedy"] == pytest.approx((6 + 1) / 2)
+    figures = {name: mean for name, (mean, _, _) in evaluate("a", "animals", rows, "b", temperature=0.6).items()}
+    assert calls == [("a", 4, 0.6, 0), ("a", 1, 0, 0), ("b", 4, 0.6, 1)]        # other random numbers for the opponent
+    assert figures["gold"] == pytest.approx((6 + 1 + 7.5 + 7.5 + 1 + 1 + 6 + 4.5) / 8)
+    assert figures["gold_greedy"] == pytest.approx((7.5 + 4.5) / 2)
     assert figures["correct"] == pytest.approx(5 / 8)
     assert figures["share_of_maximum"] == pytest.approx(figures["gold"] / 7.5)
     assert figures["win_rate"] == pytest.approx((0.5 + 0 + 1 + 1 + 0.5 + 0 + 1 + 1) / 8)
+
+
+def test_answers_are_those_of_their_rollouts(make, monkeypatch):
+    """Sampled at the temperature that was asked for, with other random numbers for each batch and seed."""
+    calls, sample = [], evaluation.sample
+
+    def watched(*arguments):
+        calls.append((arguments, sample(*arguments)))
+        return calls[-1][1]
+    monkeypatch.setattr(evaluation, "sample", watched)
+    found = evaluation.answers(make(context=128), list("abcde"), 2, 0.6, seed=7, batch=2)
+    assert [(len(prompts.ids), samples, temperature, g.initial_seed())
+            for (_, prompts, samples, _, temperature, g), _ in calls] == [
+        (n, 2, 0.6, generator(7, i).initial_seed()) for n, i in ((2, 0), (2, 2), (1, 4))]
+    rollouts = [rollout for _, rollout in calls]
+    assert found == ([text for r in rollouts for text in r.texts()], [end for r in rollouts for end in r.finished.tolist()],
+                     [n for r in rollouts for n in r.length.tolist()])
+
+
+@pytest.mark.parametrize("domain", ["arithmetic", "animals"])
+def test_held_out_rows_are_of_the_split_that_was_named(domain):
+    for split in "val", "test":
+        rows = held_out(domain, split, 3)
+        assert rows == [row for row in read_jsonl(DATA / f"{domain}_{split}.jsonl", ["prompt"]) if row in rows]
+
+
+def test_the_command_passes_its_settings_on(tmp_path, monkeypatch):
+    policy, opponent = (tiny.checkpoint(tmp_path / f"{seed}.pt", seed=seed) for seed in (1, 2))
+    calls = []
+    monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: calls.append(arguments) or {})
+    evaluation.main(["--checkpoint", policy, "--opponent", opponent, "--domain", "animals", "--split", "val",
+                     "--prompts", "3", "--samples", "5", "--temperature", "0.6", "--device", "cpu"])
+    (first, domain, rows, second, samples, temperature), = calls
+    assert (domain, samples, temperature) == ("animals", 5, 0.6) and rows == held_out("animals", "val", 3)
+    for model, path in (first, policy), (second, opponent):
+        assert tiny.same(model.state_dict(), load_model(path, "GPT").state_dict())
 
 
 def test_answers_follow_their_prompts(make):

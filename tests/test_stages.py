@@ -1,8 +1,11 @@
 """The supervised stages minimise what they say: the mean cross-entropy of the next token in pretraining, of the
 response's tokens, END included and the prompt's not, in fine-tuning, and the Bradley-Terry loss in reward modelling.
 
-Each loss is taken from the stage at its first step and computed again row by row, on plain sequences.
+Each loss is taken from the stage at its second step and computed again row by row, on plain sequences, with its
+gradient. How a reward model is judged is worked out on four pairs.
 """
+import math
+
 import pytest
 import torch
 
@@ -15,58 +18,89 @@ pytestmark = pytest.mark.usefixtures("double")
 
 
 @pytest.fixture
-def first_loss(monkeypatch):
-    """first_loss(stage, config) -> the loss of step 0, and the model."""
-    def first_loss(stage, config):
-        monkeypatch.setattr(stage, "fit", lambda config, model, inputs, loss_at, *_: loss_at(0)[0])
-        return stage.train(config)[::-1]
-    return first_loss
+def loss_of(monkeypatch):
+    """loss_of(stage, config) -> the loss of step 1, its metrics, the model and what else `fit` was called with."""
+    def loss_of(stage, config):
+        monkeypatch.setattr(stage, "fit", lambda config, model, inputs, loss_at, *rest: (loss_at(1), rest))
+        model, ((loss, metrics), rest) = stage.train(config)
+        return loss, metrics, model, rest
+    return loss_of
 
 
-def first_batch(path, fields, config):
+def batch_of(path, fields, config):
     rows = read_jsonl(path, fields)
-    return [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, 0)]
+    return [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, 1)]
 
 
-def test_pretraining_loss_by_hand(first_loss, tmp_path):
+def assert_same(loss, expected, model):
+    """The same number, and the same gradient of every parameter."""
+    assert abs(loss - expected) < 1e-12
+    gradients = [torch.autograd.grad(each, list(model.parameters()), allow_unused=True) for each in (loss, expected)]
+    for ours, theirs in zip(*gradients):
+        assert (ours is None) == (theirs is None) and (ours is None or (ours - theirs).abs().max() < 1e-12)
+
+
+def test_pretraining_loss_by_hand(loss_of, tmp_path):
     text = tiny.text_file(tmp_path / "text.txt")
-    loss, model = first_loss(pretrain, pretrain.PretrainConfig(
-        text=text, layers=1, heads=2, width=16, context=16, batch_size=4, device="cpu"))
-    rows = pretrain.pack(pretrain.read_documents(text), 16, "1 0")[:4]                           # (4, 17)
+    loss, _, model, rest = loss_of(pretrain, pretrain.PretrainConfig(
+        text=text, layers=1, heads=2, width=16, context=16, batch_size=4, seed=2, device="cpu"))
+    rows = pretrain.pack(pretrain.read_documents(text), 16, "2 0")[4:8]                          # (4, 17)
     logprobs = model.plain(rows[:, :16]).log_softmax(-1)
     expected = -sum(logprobs[b, t, rows[b, t + 1]] for b in range(4) for t in range(16)) / (4 * 16)
-    assert abs(loss - expected) < 1e-12 and (rows[:, 1:] == END).any()
+    assert_same(loss, expected, model)
+    assert (rows[:, 1:] == END).any() and rest == ()
 
 
-def test_sft_loss_by_hand(first_loss, tmp_path):
+def test_sft_loss_by_hand(loss_of, tmp_path):
     path = tiny.demonstrations(tmp_path / "sft.jsonl")
-    config = sft.SFTConfig(base=tiny.checkpoint(tmp_path / "base.pt"), demonstrations=path, batch_size=5, device="cpu")
-    loss, model = first_loss(sft, config)
+    config = sft.SFTConfig(base=tiny.checkpoint(tmp_path / "base.pt"), demonstrations=path, batch_size=5, seed=2,
+                           device="cpu")
+    loss, _, model, rest = loss_of(sft, config)
     logprobs = []
-    for row in first_batch(path, ["prompt", "response"], config):
+    for row in batch_of(path, ["prompt", "response"], config):
         prompt, response = encode_prompt(row["prompt"]), encode_completion(row["response"])
         assert response[-1] == END
         all_logprobs = model.plain(torch.tensor([prompt + response]))[0].log_softmax(-1)
         logprobs += [all_logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
-    assert abs(loss + sum(logprobs) / len(logprobs)) < 1e-12
+    assert_same(loss, -sum(logprobs) / len(logprobs), model)
+    assert rest == ()
 
 
-def test_reward_model_loss_by_hand(first_loss, tmp_path):
-    path = tiny.preferences(tmp_path / "pairs.jsonl")
-    start = tiny.reward_checkpoint(tmp_path / "reward_model.pt")
-    config = reward_model.RewardModelConfig(sft=tiny.checkpoint(tmp_path / "sft.pt"), preferences=path, batch_size=5,
+def test_reward_model_loss_by_hand(loss_of, tmp_path, monkeypatch):
+    """With a head that is not zero, or every margin would be; its trunk starts as the SFT model's."""
+    path, sft_path = tiny.preferences(tmp_path / "pairs.jsonl"), tiny.checkpoint(tmp_path / "sft.pt", seed=4)
+    config = reward_model.RewardModelConfig(sft=sft_path, preferences=path, batch_size=5, seed=2, weight_decay=0.25,
                                             device="cpu")
-    model = load_model(start, "ScalarGPT")
+    monkeypatch.setattr(reward_model, "ScalarGPT", lambda _: load_model(
+        tiny.reward_checkpoint(tmp_path / "reward_model.pt"), "ScalarGPT"))
+    loss, metrics, model, rest = loss_of(reward_model, config)
+    assert tiny.same(model.trunk.state_dict(), load_model(sft_path, "GPT").state_dict()) and rest == (0.25,)
 
     def score(row, side):
         ids = torch.tensor([encode_prompt(row["prompt"]) + encode_completion(row[side])])
         assert ids[0, -1] == END
-        return model.scalar(model.trunk.run(ids, torch.arange(ids.shape[1]))[0][0, -1])
-    margins = [score(row, "chosen") - score(row, "rejected")
-               for row in first_batch(path, ["prompt", "chosen", "rejected"], config)]
-    expected = -torch.stack(margins).sigmoid().log().mean()
-    with pytest.MonkeyPatch.context() as patch:                        # its own head starts at 0: every margin would be
-        patch.setattr(reward_model, "ScalarGPT", lambda _: model)
-        patch.setattr(model.trunk, "load_state_dict", lambda _: None)
-        loss, _ = first_loss(reward_model, config)
-    assert abs(loss - expected) < 1e-12 and max(abs(margin) for margin in margins) > 0.1
+        return model.scalar(model.trunk.run(ids, torch.arange(ids.shape[1]))[0][0, -1])[0]
+    margins = torch.stack([score(row, "chosen") - score(row, "rejected")
+                           for row in batch_of(path, ["prompt", "chosen", "rejected"], config)])
+    assert_same(loss, -margins.sigmoid().log().mean(), model)
+    assert metrics == dict(accuracy=pytest.approx((margins > 0).double().mean().item())) and margins.std() > 0.1
+
+
+# --- judging a reward model ---------------------------------------------------------------------------------------
+
+def test_judgement_by_hand(monkeypatch):
+    """Four pairs: the model wins, loses, has a tie, and wins where the gold score has a tie."""
+    fact = dict(prompt="what does a cow eat?", animal="cow", attribute="food")
+    pairs = [dict(fact, chosen=chosen, rejected=rejected) for chosen, rejected in [
+        ("grass.", "meat."), ("grass. ", "fish."), ("meat. ", "grass.  "), ("grass. a", "grass. b")]]
+    scores = {"grass.": 2.0, "meat.": 0.0, "grass. ": 0.0, "fish.": 1.0, "meat. ": 3.0, "grass.  ": 3.0,
+              "grass. a": 0.1, "grass. b": 0.0}
+    monkeypatch.setattr(reward_model, "learned", lambda model: lambda prompts, texts: [scores[text] for text in texts])
+    found = reward_model.judge(None, pairs)
+    assert found["pairs"] == 4
+    assert found["accuracy"][0] == (1 + 0 + 0.5 + 1) / 4                      # a tie counts half
+    assert found["ceiling"][0] == (1 + 1 + 0 + 0.5) / 4                       # gold: right, right, wrong, tie
+    assert found["shortfall"][0] == pytest.approx(found["ceiling"][0] - found["accuracy"][0])
+    sure = [1 / (1 + math.exp(-margin)) for margin in (2.0, 1.0, 0.0, 0.1)]
+    assert found["calibration"] == [                                          # tenths: 50 to 60%, 70 to 80%, 80 to 90%
+        [pytest.approx((sure[2] + sure[3]) / 2), 0.75, 2], [pytest.approx(sure[1]), 0, 1], [pytest.approx(sure[0]), 1, 1]]

@@ -1,0 +1,205 @@
+"""Every setting of a loop reaches the place it is meant for, and every figure of a row is computed from what it names.
+
+The loops run for a step or two with settings that are all different from each other and from the defaults, and the
+functions they call are watched: a setting that is ignored, exchanged with another or replaced by a constant shows.
+"""
+import json
+
+import pytest
+import torch
+
+from grpo_min import grpo, metrics, ppo
+from grpo_min.config import UserError
+from grpo_min.grpo import kl_estimate
+from grpo_min.rewards import learned, load_reward
+from grpo_min.rollout import require_fit, token_logprobs
+from grpo_min.runs import load_model
+from tests import tiny
+from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    """watch(module, name) -> a list that will hold (arguments, result) of every call."""
+    def watch(module, name):
+        calls, function = [], getattr(module, name)
+
+        def watched(*arguments, **keywords):
+            calls.append((arguments, function(*arguments, **keywords)))
+            return calls[-1][1]
+        monkeypatch.setattr(module, name, watched)
+        return calls
+    return watch
+
+
+# --- the policy's update and the critic's -------------------------------------------------------------------------
+
+@LOOPS
+def test_each_model_has_its_own_learning_rate_and_no_weight_decay(loop, tmp_path, watch):
+    calls = watch(loop, "optimizer_for")
+    loop.train(settings(loop, tmp_path, steps=1, lr=0.011, **(dict(critic_lr=0.022) if loop is ppo else {})))
+    expected = [("GPT", 0.011), ("ScalarGPT", 0.022)][:1 if loop is grpo else 2]
+    assert [(type(model).__name__, *rest) for (model, *rest), _ in calls] == expected
+    for (_, (_, lr)), (_, optimizer) in zip(zip(calls, expected), calls):
+        assert all(group["lr"] == lr and group["weight_decay"] == 0 for group in optimizer.param_groups)
+
+
+@LOOPS
+def test_gradients_are_clipped_to_the_norm_that_is_set(loop, tmp_path, watch):
+    calls = watch(loop, "update")
+    loop.train(settings(loop, tmp_path, steps=1, max_grad_norm=0.37, minibatches=2, epochs=2), reward=letter_e)
+    assert [arguments[4] for arguments, _ in calls] == [0.37] * (4 if loop is grpo else 8)
+
+
+def test_value_loss_gets_its_settings(tmp_path, watch):
+    """The clip around the values at sampling, in later epochs too; the returns as GAE gave them, whitened or not."""
+    advantages, losses, updates = [], watch(ppo, "value_loss"), watch(ppo, "update")
+
+    def advantage(*arguments):
+        advantages.append((arguments, ppo.gae(*arguments)))
+        return advantages[-1][1]
+    config = settings(ppo, tmp_path, steps=1, minibatches=2, epochs=2, value_clip=0.05, value_coef=3.0, gamma=0.8,
+                      lam=0.1, scale_advantages=True, critic="reward_model",
+                      reward_model=tiny.reward_checkpoint(tmp_path / "reward_model.pt"))
+    ppo.train(config, reward=letter_e, advantage=advantage)
+    ((_, old_values, _, *rest), (_, returns)), = advantages
+    assert rest == [0.8, 0.1] and len(losses) == 4
+    for i, ((values, old, target, mask, clip), _) in enumerate(losses):
+        rows = slice(6 * (i % 2), 6 * (i % 2) + 6)
+        assert clip == 0.05 and torch.equal(old, old_values[rows]) and torch.equal(target, returns[rows])
+        assert (values - old).abs().max() < 1e-6 if i == 0 else (values - old).abs().max() > 1e-4
+    critics = [loss for (_, model, _, loss, _), _ in updates if type(model).__name__ == "ScalarGPT"]
+    assert [loss.item() for loss in critics] == pytest.approx([3 * error.item() for _, error in losses])
+
+
+def test_critic_starts_as_a_copy_of_the_policy(tmp_path):
+    policy = tiny.gpt()
+    critic = ppo.start_critic(ppo.PPOConfig(), policy, torch.device("cpu"))
+    assert tiny.same(critic.trunk.state_dict(), policy.state_dict())
+    assert critic.trunk.tokens.weight.data_ptr() != policy.tokens.weight.data_ptr()
+
+
+# --- seeds --------------------------------------------------------------------------------------------------------
+
+@LOOPS
+def test_prompts_and_sampling_depend_on_seed_and_step(loop, tmp_path, watch):
+    batches, generators = watch(loop, "batch_rows"), watch(loop, "generator")
+    loop.train(settings(loop, tmp_path, steps=2, seed=3), reward=letter_e)
+    assert [arguments for arguments, _ in batches] == [(12, 4, 3, 0), (12, 4, 3, 1)]
+    assert [arguments for arguments, _ in generators] == [(3, 0), (3, 1)]
+
+
+# --- what a row reports -------------------------------------------------------------------------------------------
+
+@LOOPS
+@pytest.mark.parametrize("kind", ["k1", "k2"])
+def test_kl_is_reported_as_k3_whatever_is_charged(loop, kind, tmp_path, monkeypatch):
+    rollouts, config = recorded_rollouts(loop, monkeypatch), settings(loop, tmp_path, kl=kind)
+    _, rows = loop.train(config, reward=letter_e)
+    reference = load_model(config.sft, "GPT")
+    for (prompts, rollout), row in zip(rollouts, rows):
+        ref_logprobs, _ = token_logprobs(reference, prompts, rollout.completion_ids, rollout.mask)
+        expected = kl_estimate(rollout.logprobs, ref_logprobs, "k3").sum(1).mean().item()
+        assert row["kl"] == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    assert rows[-1]["kl"] > 1e-3
+
+
+@LOOPS
+def test_gap_and_clip_shares_are_those_of_the_updates(loop, tmp_path):
+    shares = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        ratio = (logprobs - old_logprobs).exp()[mask]
+        shares.append([(ratio < 1 - clip_eps).float().mean().item(), (ratio > 1 + clip_eps).float().mean().item()])
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+    _, rows = loop.train(settings(loop, tmp_path, steps=1, epochs=2, minibatches=2, clip_eps=0.001), reward=letter_e,
+                         loss=loss)
+    assert rows[0]["gap"] < 5e-5, "of each minibatch with its own rows"
+    low, high = (sum(column) / 4 for column in zip(*shares))
+    assert rows[0]["clip_low"] == pytest.approx(low) and rows[0]["clip_high"] == pytest.approx(high)
+    assert abs(low - high) > 0.01
+
+
+@LOOPS
+def test_samples_show_the_readers_reward_and_the_advantage_that_was_used(loop, tmp_path):
+    used = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+        used.append(advantages[:, 0])
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+    config = settings(loop, tmp_path, steps=3, run=str(tmp_path / "run"), kl="k1", kl_in="reward", beta=0.5)
+    loop.train(config, reward=letter_e, loss=loss)
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    for sample, advantage in zip(samples[8:], used[2].tolist()):
+        assert sample["step"] == 2 and sample["reward"] == round(letter_e([], [sample["completion"]])[0], 4)
+        assert sample["advantage"] == round(advantage, 4)
+
+
+def test_explained_variance_counts_what_is_charged_in_the_reward(tmp_path, watch):
+    calls, charged = watch(ppo, "explained_variance"), []
+
+    def advantage(rewards, *rest):
+        charged.append(rewards)
+        return ppo.gae(rewards, *rest)
+    ppo.train(settings(ppo, tmp_path, kl="k1", kl_in="reward", beta=0.5, gamma=0.8), reward=letter_e,
+              advantage=advantage)
+    for ((_, actual, mask), _), rewards in zip(calls, charged):
+        N = rewards.shape[1]
+        to_go = torch.stack([sum(0.8 ** (l - t) * rewards[:, l] for l in range(t, N)) for t in range(N)], 1)
+        assert torch.allclose(actual[mask], to_go[mask], atol=1e-5)
+
+
+# --- warnings -----------------------------------------------------------------------------------------------------
+
+TROUBLE = dict(equal_groups=(0.5, 0.95), truncated=(0.1, 0.5), kl=(5.0, 50.0), entropy=(0.5, 0.001), gap=(1e-6, 0.1),
+               clip_high=(0.1, 0.5), explained_variance=(0.2, -1.0))       # a healthy value, and a sick one
+
+
+class FakeRun:
+    config, name = settings, ""
+
+    def __init__(self, config):
+        self.config, self.warned, self.rows = config, set(), []
+
+    def step_done(self, step, row, line, samples):
+        self.rows.append(row)
+
+
+@pytest.mark.parametrize("name", TROUBLE)
+def test_trouble_is_said_once_and_health_never(name, tmp_path, capsys):
+    clock = metrics.Clock(torch.device("cpu"))
+    row = dict(reward=0.5, accuracy="", thinking=0.5, kl=0.1, length=5.0)
+    for value, notes in zip(TROUBLE[name], (0, 1)):
+        run = FakeRun(settings(grpo, tmp_path))
+        for step in range(2):
+            metrics.record(run, step, dict(row, **{name: value}), clock, [])
+        assert capsys.readouterr().out.count(f"note: {name} is") == notes
+    assert set(TROUBLE) == {column for column, *_ in metrics.TROUBLE}
+
+
+# --- rewards by name ----------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name, expected", [("correct", [1, 0, 1, 0]), ("well_formed", [0, 1, 1, 0]),
+                                            ("both", [1, 0.2, 1.2, 0])])
+def test_rewards_have_the_names_they_are_called_by(name, expected):
+    reward, rows, files = load_reward(grpo.GRPOConfig(reward=name), None, 80, torch.device("cpu"))
+    said = [" 28", "<think> x</think> 27", "<think> x</think> 28", "27"]
+    assert reward([""] * 4, said, answer=["28"] * 4, finished=[True] * 4) == pytest.approx(expected)
+    assert len(files) == 1 and files[0].endswith("/arithmetic_train.jsonl") and "answer" in rows[0]
+
+
+def test_learned_reward_reads_the_training_prompts_and_its_model(tmp_path):
+    path = tiny.reward_checkpoint(tmp_path / "reward_model.pt")
+    config = grpo.GRPOConfig(reward="learned", reward_model=path)
+    reward, _, files = load_reward(config, None, 80, torch.device("cpu"))
+    assert files[0].endswith("/animals_train.jsonl") and files[1] == path
+    model = load_model(path, "ScalarGPT")
+    with torch.no_grad():
+        model.scalar.bias += 1000                                                       # a score is not bounded
+    assert learned(model)(["a"], ["b"])[0] == pytest.approx(reward(["a"], ["b"])[0] + 1000, abs=1e-2)
+
+
+def test_what_just_fits_is_accepted():
+    require_fit(20, [(5, 6), (10, 10)], "data.jsonl")
+    with pytest.raises(UserError, match="data.jsonl, line 2"):
+        require_fit(20, [(10, 10), (10, 11)], "data.jsonl")
