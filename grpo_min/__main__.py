@@ -1,8 +1,7 @@
 """The main job: python -m grpo_min
 
-Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. What does not wait
-for each other runs side by side, one process to a core. A stage whose result with the same settings is in the folder
-already is not run again; an unfinished one is continued.
+Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. A stage whose
+result with the same settings is in the folder already is not run again; an unfinished one is continued.
 """
 import time
 from dataclasses import dataclass
@@ -47,35 +46,27 @@ def main(argv=None):
     def stage_done(name):
         seconds[name] = time.perf_counter() - started - sum(seconds.values())
 
-    with compare.beside_each_other(device) as begin:
-        def train(module, config):
-            return begin(train_or_reuse, module.train, config).result()[0]
+    title("1. pretraining: the base model")
+    base, _ = train_or_reuse(pretrain.train, settings(pretrain.PretrainConfig, "pretrain", seed=config.seed))
+    show_answers(base, QUESTIONS[1:3])
+    stage_done("pretraining")
 
-        title("1. pretraining: the base model")
-        base = train(pretrain, settings(pretrain.PretrainConfig, "pretrain", seed=config.seed))
-        show_answers(base, QUESTIONS[1:3])
-        stage_done("pretraining")
+    title("2. supervised fine-tuning: the SFT model")
+    sft_model, _ = train_or_reuse(sft.train, settings(sft.SFTConfig, "sft", base=base_file, seed=config.seed))
+    show_answers(sft_model, QUESTIONS[1:3])
+    stage_done("supervised fine-tuning")
 
-        title("2. supervised fine-tuning: the SFT model")
-        sft_model = train(sft, settings(sft.SFTConfig, "sft", base=base_file, seed=config.seed))
-        show_answers(sft_model, QUESTIONS[1:3])
-        stage_done("supervised fine-tuning")
-
-        title("3. the reward model, from preferences; beside it 4. GRPO and PPO on arithmetic")
-        more = dict(sft=sft_file, reward_model=reward_file, seeds=1, algorithms="GRPO,PPO")
-        arithmetic = settings(compare.CompareConfig, "compare", rewards="correct", **more)
-        animals = settings(compare.CompareConfig, "compare", rewards="learned", **more)
-        model = begin(compare.train_reward_model, settings(reward_model.RewardModelConfig, "reward_model",
+    title("3. the reward model, from preferences")
+    model, _ = train_or_reuse(reward_model.train, settings(reward_model.RewardModelConfig, "reward_model",
                                                            sft=sft_file, seed=config.seed))
-        runs = compare.start(arithmetic, begin)
-        model = model.result()
-        show_answers(sft_model, QUESTIONS[2:], learned(model))
-        stage_done("reward model, and beside it GRPO or PPO on arithmetic")
+    reward_model.report(model, reward_model.RewardModelConfig().heldout, folder / "reward_model")
+    show_answers(sft_model, QUESTIONS[2:], learned(model))
+    stage_done("reward model")
 
-        title("4. GRPO and PPO on animals, rewarded by the reward model")
-        runs.update(compare.start(animals, begin))
-        records = compare.finish(animals, runs)
-        stage_done("the rest of GRPO and PPO on both rewards")
+    title("4. GRPO and PPO, on both rewards")
+    records = compare.compare(settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file,
+                                       seeds=1, algorithms="GRPO,PPO"))
+    stage_done("GRPO and PPO on both rewards, with their evaluation")
 
     title("before and after")
     models = {"base": base, "SFT": sft_model}

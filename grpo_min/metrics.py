@@ -41,10 +41,10 @@ class Clock:
         self.last = now
 
 
-def peak_memory_mb(device, of_children=False):
+def peak_memory_mb(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10      # macOS counts bytes, Linux kilobytes
 
 
@@ -91,7 +91,7 @@ def record(run, step, row, clock, samples):
     for name, is_trouble, meaning in TROUBLE:
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)
-            print(f"{run.name}note: {name} is {row[name]:.3g} in step {step + 1}: {meaning}")
+            print(f"note: {name} is {row[name]:.3g} in step {step + 1}: {meaning}")
     run.step_done(step, row, log_line(row), samples)
 
 

@@ -111,41 +111,32 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
         raise UserError(f"{int(prompts.length.max())} prompt tokens and {N} new ones do not fit into the model's "
                          f"context of {policy.config.context}")
     uniforms = torch.rand(B, N, generator=generator).to(device)                         # (B, N)
+    last, memory = policy.read(prompts)                                                 # (Q, D)
+    state = last.repeat_interleave(group_size, dim=0)                                   # (B, D)
+    position = prompts.length.repeat_interleave(group_size)                             # (B,)
+    caches = [(k.new_empty(B, k.shape[1], N, k.shape[3]), k.new_empty(B, k.shape[1], N, k.shape[3]))
+              for k, _, _ in memory]
     completion_ids = torch.full((B, N), PAD, device=device)
     mask = torch.zeros(B, N, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, N, device=device)
     running = torch.ones(B, dtype=torch.bool, device=device)
-    last, memory = policy.read(prompts)                                                 # (Q, D)
-    caches = [(k.new_empty(B, k.shape[1], N, k.shape[3]), k.new_empty(B, k.shape[1], N, k.shape[3]))
-              for k, _, _ in memory]
-    # What follows is kept for the rows that are still decoded: `rows` says which of the B these R are.
-    rows = torch.arange(B, device=device)                                               # (R,)
-    state = last.repeat_interleave(group_size, dim=0)                                   # (R, D)
-    position = prompts.length.repeat_interleave(group_size)                             # (R,)
     for t in range(N):
-        logits = policy.head(state)                                                     # (R, V)
+        logits = policy.head(state)                                                     # (B, V)
         if temperature == 0:
-            token, logprob = logits.argmax(-1), logits.new_zeros(len(rows))             # (R,)
+            token, logprob = logits.argmax(-1), logits.new_zeros(B)                     # (B,)
         else:
-            all_logprobs = (logits / temperature).log_softmax(dim=-1)                   # (R, V)
-            token = inverse_cdf(all_logprobs.exp(), uniforms[rows, t])                  # (R,)
-            logprob = all_logprobs.gather(1, token[:, None]).squeeze(1)                 # (R,)
-        on = running[rows]                                                              # (R,)
-        completion_ids[rows, t] = token.where(on, PAD)
-        logprobs[rows, t] = logprob * on
-        mask[rows, t] = on
-        running[rows] = on & (token != END)
-        left = running[rows].nonzero().squeeze(1)
-        if t + 1 == N or not len(left):
+            all_logprobs = (logits / temperature).log_softmax(dim=-1)                   # (B, V)
+            token = inverse_cdf(all_logprobs.exp(), uniforms[:, t])                     # (B,)
+            logprob = all_logprobs.gather(1, token[:, None]).squeeze(1)                 # (B,)
+        completion_ids[:, t] = token.where(running, PAD)
+        logprobs[:, t] = logprob * running
+        mask[:, t] = running
+        running = running & (token != END)
+        if t + 1 == N or not running.any():
             break
-        if len(left) < 0.6 * len(rows):         # go on without those that have finished, each with its own prompt
-            share = len(rows) // len(memory[0][0])                                      # rows per prompt: G, then 1
-            memory = [tuple(x[left // share] for x in layer) for layer in memory]
-            caches = [(k[left], v[left]) for k, v in caches]
-            rows, token, position = rows[left], token[left], position[left]
         step_caches = [(k, v, t) for k, v in caches]
-        states, _ = policy.run(token[:, None], (position + t)[:, None], memory, step_caches)
-        state = states[:, 0]                                                            # (R, D)
+        states, _ = policy.run(completion_ids[:, t:t + 1], (position + t)[:, None], memory, step_caches)
+        state = states[:, 0]                                                            # (B, D)
     used = int(mask.any(0).sum())                                                       # drop columns nobody reached
     return Rollout(completion_ids[:, :used], mask[:, :used], logprobs[:, :used], ~running)
 

@@ -28,7 +28,6 @@ from grpo_min.tokenizer import VOCAB_SIZE
 
 DATA = Path(__file__).parent.parent / "data"
 SAVE_EVERY = 10      # seconds between checkpoints
-beside_others = False      # in a process that shares the screen: log lines name their run, and stay
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -169,7 +168,6 @@ class Run:
         self.config, self.parts, self.rows, self.warned = config, parts, [], set()
         self.pending, self.stopped = None, False
         self.folder = Path(config.run) if config.run else None
-        self.name = f"{self.folder.name}: " if beside_others and self.folder else ""
         self.settings = {name: value for name, value in dataclasses.asdict(config).items()
                          if name not in ("run", "resume")}
         self.settings["inputs"] = [f"{Path(path).name} {fingerprint(path)}" for path in inputs]
@@ -282,12 +280,12 @@ class Run:
 
     def show(self, done, line, last):
         """The log line: on a terminal it rewrites itself, elsewhere it is printed every five seconds."""
-        now, terminal = time.perf_counter(), sys.stdout.isatty() and not beside_others
+        now, terminal = time.perf_counter(), sys.stdout.isatty()
         per_step = (now - self.started) / (done - self.first_step)
         left = per_step * (self.config.steps - done)
         if terminal or last or now - self.shown > 5 or done == self.first_step + 1:
             self.shown = now
-            text = f"{self.name}step {done}/{self.config.steps} | {line} | {per_step:.2f} s/step, {left:.0f} s left"
+            text = f"step {done}/{self.config.steps} | {line} | {per_step:.2f} s/step, {left:.0f} s left"
             print("\r\033[K" + text if terminal else text, end="\n" if last or not terminal else "", flush=True)
 
     def check_finite(self, loss, norm):

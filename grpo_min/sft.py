@@ -5,6 +5,7 @@ would weigh their first token many times as much as a batch of long ones, and th
 """
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 
 from grpo_min.config import option, parse, pick_device, require_positive, run_command
@@ -43,8 +44,8 @@ def train(config):
         prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
         completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
         states = model.states(prompts, completion_ids, mask)[:, :-1][mask]       # (n, D), of the n real tokens
-        tokens = mean(mask.sum().float())                                        # over the ranks, if there are several
-        return F.cross_entropy(model.head(states), completion_ids[mask], reduction="sum") / tokens, {}
+        share = len(states) / mean(torch.tensor(float(len(states)), device=device))   # 1, unless there are other ranks
+        return F.cross_entropy(model.head(states), completion_ids[mask]) * share, {}
 
     return model, fit(config, model, [config.base, config.demonstrations], loss_at)
 

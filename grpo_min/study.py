@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min import grpo
-from grpo_min.compare import ALGORITHMS, beside_each_other, train_or_reuse
+from grpo_min import grpo, ppo
+from grpo_min.compare import train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.pretrain import pack, read_documents
@@ -49,12 +49,24 @@ class StudyConfig:
 
 def tuning(config):
     """Every setting of GRPO and PPO: validation accuracy, KL, explained variance along the run, seconds."""
-    with beside_each_other(pick_device(config.device)) as begin:
-        rows = [begin(one_setting, config, name, changes, seed)
-                for name, all_settings in [("GRPO", GRPO_SETTINGS), ("PPO", PPO_SETTINGS)]
-                for changes in (all_settings[:2] if config.quick else all_settings)
-                for seed in range(1, config.seeds + 1)]
-        rows = [row.result() for row in rows]
+    rows = []
+    for name, train, config_class, all_settings in [("GRPO", grpo.train, grpo.GRPOConfig, GRPO_SETTINGS),
+                                                    ("PPO", ppo.train, ppo.PPOConfig, PPO_SETTINGS)]:
+        for changes in all_settings[:2] if config.quick else all_settings:
+            text = ", ".join(f"{key} {value}" for key, value in changes.items()) or "defaults"
+            for seed in range(1, config.seeds + 1):
+                print(f"\n{name}: {text}, seed {seed}")
+                folder = Path(config.run) / f"{name}-{text}-{seed}".replace(", ", "-").replace(" ", "-").lower()
+                settings = config_class(run=str(folder), sft=config.sft, seed=seed, device=config.device, **changes,
+                                        **(dict(steps=config.steps) if config.steps else {}))
+                policy, metrics = train_or_reuse(train, settings)
+                figures = evaluate(policy, "arithmetic", held_out("arithmetic", "val", config.eval_prompts))
+                rows.append(dict(algorithm=name, settings=text, seed=seed, accuracy=figures["accuracy"][0],
+                                 thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
+                                 explained_variance_start=first_of(metrics, "explained_variance"),
+                                 explained_variance_best=best_of(metrics, "explained_variance"),
+                                 explained_variance_end=last_of(metrics, "explained_variance"),
+                                 seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds"))))
     out = Path(config.out)
     make_folder(out)
     write_csv(out / "tuning.csv", rows)
@@ -67,23 +79,6 @@ def tuning(config):
         lines += table_row([*key, *(spread([row[name] for row in chosen], form) for name, form in forms)])
     save_file(out / "tuning.md", "\n".join(lines + [""]).encode())
     print("\n" + "\n".join(lines))
-
-
-def one_setting(config, name, changes, seed):
-    """Train with these settings and look at the validation prompts -> a row of the table."""
-    train, config_class, _ = ALGORITHMS[name]
-    text = ", ".join(f"{key} {value}" for key, value in changes.items()) or "defaults"
-    folder = Path(config.run) / f"{name}-{text}-{seed}".replace(", ", "-").replace(" ", "-").lower()
-    settings = config_class(run=str(folder), sft=config.sft, seed=seed, device=config.device, **changes,
-                            **(dict(steps=config.steps) if config.steps else {}))
-    policy, metrics = train_or_reuse(train, settings)
-    figures = evaluate(policy, "arithmetic", held_out("arithmetic", "val", config.eval_prompts))
-    return dict(algorithm=name, settings=text, seed=seed, accuracy=figures["accuracy"][0],
-                thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
-                explained_variance_start=first_of(metrics, "explained_variance"),
-                explained_variance_best=best_of(metrics, "explained_variance"),
-                explained_variance_end=last_of(metrics, "explained_variance"),
-                seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
 
 
 def windows(metrics, name, length=10):

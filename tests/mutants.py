@@ -54,13 +54,13 @@ class Mutant:
 
 
 MUTANTS = [Mutant(*row) for row in [
-    (1, "rollout", "mask[rows, t] = on", "mask[rows, t] = on & (token != END)",
+    (1, "rollout", "mask[:, t] = running", "mask[:, t] = running & (token != END)",
      "rollout::mask_ends_with_end"),
     (1, "rollout", "ids, length = pad([encode_completion(text, end) for text, end in zip(texts, finished)], device)",
      "ids, length = pad([encode_completion(text, False) for text, end in zip(texts, finished)], device)",
      "rollout::completions_are_padded_after_end"),
-    (1, "sft", 'return F.cross_entropy(model.head(states), completion_ids[mask], reduction="sum") / tokens, {}',
-     'return F.cross_entropy(model.head(states), completion_ids[mask], reduction="sum", ignore_index=1) / tokens, {}',
+    (1, "sft", "return F.cross_entropy(model.head(states), completion_ids[mask]) * share, {}",
+     "return F.cross_entropy(model.head(states), completion_ids[mask], ignore_index=1) * share, {}",
      "stages::sft_loss_by_hand"),
 
     (2, "grpo", "return -(surrogate * mask).sum(dim=1).mean()", "return -surrogate.sum(dim=1).mean()",
@@ -104,9 +104,9 @@ MUTANTS = [Mutant(*row) for row in [
      "minibatches)]",
      "parts = [token_logprobs(policy, *part, 1.0)[0] for part, _ in split(prompts, rollout, minibatches)]",
      "loops::reference_does_not_move[loss-1-grpo]"),
-    (5, "rollout", "token = inverse_cdf(all_logprobs.exp(), uniforms[rows, t])",
+    (5, "rollout", "token = inverse_cdf(all_logprobs.exp(), uniforms[:, t])",
      "token = inverse_cdf((all_logprobs - 1e9 * (all_logprobs < all_logprobs.topk(5)[0][:, -1:])).exp(), "
-     "uniforms[rows, t])",
+     "uniforms[:, t])",
      "rollout::frequencies_match_the_policy[1.0]"),
 
     (6, "grpo", "rewards, texts = score(reward, batch, rollout, config.group_size)",

@@ -57,7 +57,8 @@ def test_nearly_equal_rewards_are_not_equal(rollout):
 
 
 def test_thinking_is_beginning_with_the_tag():
-    assert [thinks(text) for text in ("<think>", " <think> 1", "2 <think> 1", "think", "")] == [True, True] + [False] * 3
+    texts = ["<think>", " <think> 1", "2 <think> 1", "think", ""]
+    assert [thinks(text) for text in texts] == [True, True, False, False, False]
 
 
 def test_clock_adds_up_the_laps_of_each_phase(monkeypatch):

@@ -350,7 +350,8 @@ def test_answers_are_those_of_their_rollouts(make, monkeypatch):
             for (_, prompts, samples, _, temperature, g), _ in calls] == [
         (n, 2, 0.6, generator(7, i).initial_seed()) for n, i in ((2, 0), (2, 2), (1, 4))]
     rollouts = [rollout for _, rollout in calls]
-    assert found == ([text for r in rollouts for text in r.texts()], [end for r in rollouts for end in r.finished.tolist()],
+    assert found == ([text for r in rollouts for text in r.texts()],
+                     [end for r in rollouts for end in r.finished.tolist()],
                      [n for r in rollouts for n in r.length.tolist()])
 
 

@@ -103,4 +103,5 @@ def test_judgement_by_hand(monkeypatch):
     assert found["shortfall"][0] == pytest.approx(found["ceiling"][0] - found["accuracy"][0])
     sure = [1 / (1 + math.exp(-margin)) for margin in (2.0, 1.0, 0.0, 0.1)]
     assert found["calibration"] == [                                          # tenths: 50 to 60%, 70 to 80%, 80 to 90%
-        [pytest.approx((sure[2] + sure[3]) / 2), 0.75, 2], [pytest.approx(sure[1]), 0, 1], [pytest.approx(sure[0]), 1, 1]]
+        [pytest.approx((sure[2] + sure[3]) / 2), 0.75, 2], [pytest.approx(sure[1]), 0, 1],
+        [pytest.approx(sure[0]), 1, 1]]
