@@ -92,16 +92,14 @@ def test_judgement_by_hand(monkeypatch):
     """Four pairs: the model wins, loses, has a tie, and wins where the gold score has a tie."""
     fact = dict(prompt="what does a cow eat?", animal="cow", attribute="food")
     pairs = [dict(fact, chosen=chosen, rejected=rejected) for chosen, rejected in [
-        ("grass.", "meat."), ("grass. ", "fish."), ("meat. ", "grass.  "), ("grass. a", "grass. b")]]
-    scores = {"grass.": 2.0, "meat.": 0.0, "grass. ": 0.0, "fish.": 1.0, "meat. ": 3.0, "grass.  ": 3.0,
-              "grass. a": 0.1, "grass. b": 0.0}
+        ("grass.", "meat."), ("grass. ", "fish."), ("grass.  ", "meat. "), ("grass. a", "grass. b")]]
+    scores = {"grass.": 2.0, "meat.": 0.0, "grass. ": 0.0, "fish.": 1.0, "grass.  ": 3.0, "meat. ": 3.0,
+              "grass. a": 0.5, "grass. b": 0.0}
     monkeypatch.setattr(reward_model, "learned", lambda model: lambda prompts, texts: [scores[text] for text in texts])
     found = reward_model.judge(None, pairs)
     assert found["pairs"] == 4
     assert found["accuracy"][0] == (1 + 0 + 0.5 + 1) / 4                      # a tie counts half
-    assert found["ceiling"][0] == (1 + 1 + 0 + 0.5) / 4                       # gold: right, right, wrong, tie
-    assert found["shortfall"][0] == pytest.approx(found["ceiling"][0] - found["accuracy"][0])
-    sure = [1 / (1 + math.exp(-margin)) for margin in (2.0, 1.0, 0.0, 0.1)]
-    assert found["calibration"] == [                                          # tenths: 50 to 60%, 70 to 80%, 80 to 90%
-        [pytest.approx((sure[2] + sure[3]) / 2), 0.75, 2], [pytest.approx(sure[1]), 0, 1],
-        [pytest.approx(sure[0]), 1, 1]]
+    assert found["ceiling"][0] == (1 + 1 + 1 + 0.5) / 4                       # the gold score's own tie, too
+    assert found["shortfall"][0] == pytest.approx(found["ceiling"][0] - found["accuracy"][0]) == 0.25
+    sure = [1 / (1 + math.exp(-margin)) for margin in (0.0, 0.5, 1.0, 2.0)]   # 50, 62, 73 and 88%: a tenth for each
+    assert found["calibration"] == [[pytest.approx(p), went_so, 1] for p, went_so in zip(sure, (0.5, 1, 0, 1))]
