@@ -17,6 +17,7 @@ from grpo_min.config import option, parse, pick_device, require, require_positiv
 from grpo_min.metrics import Clock, average, record, rollout_metrics, shown_samples, update_metrics
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import plot_curves
+from grpo_min.ranks import RANKS
 from grpo_min.rewards import load_reward, score
 from grpo_min.rollout import Prompts, frozen_logprobs, sample, split, token_logprobs
 from grpo_min.runs import DATA, Run, batch_rows, generator, load_model, optimizer_for, update
@@ -137,8 +138,8 @@ def check(config):
     require_positive(config, "critic_lr", "value_coef")
     require(0 <= config.gamma <= 1 and 0 <= config.lam <= 1, "--gamma and --lam must be from 0 to 1")
     require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
-    require(config.prompts_per_step % config.minibatches == 0,
-            f"{config.prompts_per_step} prompts do not divide into {config.minibatches} minibatches")
+    require(config.prompts_per_step % (config.minibatches * RANKS) == 0, f"{config.prompts_per_step} prompts do not "
+            f"divide into {config.minibatches} minibatches" + (f" on each of {RANKS} ranks" if RANKS > 1 else ""))
     require(config.kl_in == "loss" or config.kl == "k1", "--kl-in reward needs --kl k1: k2 and k3 in the reward have "
             "wrong gradients")
 

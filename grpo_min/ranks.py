@@ -1,8 +1,9 @@
 """Several processes, one to a GPU or core: torchrun --nproc_per_node=2 -m -- grpo_min.grpo --run ... (or another stage)
 
 Every rank takes its share of each batch, whole groups, and gradients are averaged over the ranks, so that an update is
-that of one process with the whole batch. Rank 0 alone writes and speaks. Without torchrun there is one rank, and
-nothing here does anything.
+that of one process with the whole batch, but for three things: each rank samples with random numbers of its own, splits
+its own share into minibatches, and whitens PPO's advantages over its own tokens. Metrics are means over the ranks. Rank
+0 alone writes and speaks. Without torchrun there is one rank, and nothing here does anything.
 """
 import os
 import sys

@@ -102,10 +102,14 @@ def page(models):
     return "\n".join(lines)
 
 
+def machine(device):
+    cores = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return f"{cores}, torch {torch.__version__}"
+
+
 def pipeline_table(seconds, device):
     """Seconds of each stage, peak memory and the machine, as Markdown."""
-    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {value:.0f} |" for name, value in seconds.items()),
              f"| **all** | **{sum(seconds.values()):.0f}** ({sum(seconds.values()) / 60:.1f} minutes) |", "",
-             f"Peak memory {peak_memory_mb(device):.0f} MB; {machine}, torch {torch.__version__}, {date.today()}.", ""]
+             f"Peak memory {peak_memory_mb(device):.0f} MB; {machine(device)}, {date.today()}.", ""]
     return "\n".join(lines)

@@ -171,7 +171,7 @@ class Run:
         self.settings = {name: value for name, value in dataclasses.asdict(config).items()
                          if name not in ("run", "resume")}
         self.settings["inputs"] = [f"{Path(path).name} {fingerprint(path)}" for path in inputs]
-        self.settings["threads"] = torch.get_num_threads()
+        self.settings.update(dict(threads=torch.get_num_threads()), **(dict(ranks=RANKS) if RANKS > 1 else {}))
 
     def __enter__(self):
         self.first_step = 0

@@ -111,7 +111,8 @@ def publish(config):
             save_file(DATA / "checkpoints" / f"{name}.pt", serialise(**weights(load_model(path, kind))))
     save_file(DATA / "checkpoints" / "scores.json", json.dumps(scores(), indent=1).encode())
     sources = [main_run / "pipeline.md", main_run / "before_after.md", main_run / "reward_model/reward_model.md",
-               main_run / "reward_model/calibration.png", *sorted((main_run / "compare").glob("comparison-*"))]
+               main_run / "reward_model/calibration.png", *sorted((main_run / "compare").glob("comparison-*")),
+               *sorted(Path("runs/benchmark").glob("benchmark.*"))]
     for path in sources:
         if path.exists():
             save_file(RESULTS / path.name, path.read_bytes())

@@ -20,7 +20,7 @@ FLOORS = [      # lowest first; a module imports from lower floors only
     {"compare", "study", "report", "benchmark", "__main__"},
 ]
 SAME_FLOOR = {("__main__", "compare"), ("study", "compare"), ("compare", "report"), ("study", "report"),
-              ("__main__", "report")}
+              ("__main__", "report"), ("benchmark", "report")}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 

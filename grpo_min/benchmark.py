@@ -1,0 +1,230 @@
+"""How fast, and how near to what the machine can do: python -m grpo_min.benchmark
+
+Steps of GRPO and PPO on a model with random weights, which hardly ever ends a completion, so that every completion has
+the same length and the work is known. All settings take turns, so that a slow minute of the machine hits them alike,
+and the median over all steps but the first of each turn is reported. The limit is what the matrix products of a phase
+would take at the rate that this machine reaches on products of 2048 x 2048 matrices; attention is not counted.
+
+--against trl does TRL's GRPO on the same work in the same run, where TRL is installed (it is not required): a model of
+the same shape and vocabulary, prompts of as many tokens, completions of as many tokens.
+"""
+import contextlib
+import io
+import json
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from grpo_min import grpo, ppo
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.model import GPT, GPTConfig
+from grpo_min.plots import finish, plt
+from grpo_min.report import machine, table_row
+from grpo_min.rewards import load_reward
+from grpo_min.runs import make_folder, save_file
+from grpo_min.tokenizer import END, VOCAB_SIZE, encode_prompt
+
+BASE = dict(layers=3, width=96, prompts=32, group_size=8, new=24)      # about the arithmetic task, once it thinks
+GROWTH = {"completions per prompt": ("group_size", [2, 4, 8, 16]), "tokens per completion": ("new", [8, 16, 24, 40]),
+          "width": ("width", [64, 96, 128, 192])}
+SMALL_GPT2 = dict(layers=4, width=128, prompts=32, group_size=16, new=8)
+PHASES = ["sample", "score", "critic", "update"]
+
+
+@dataclass
+class BenchmarkConfig:
+    """Measure seconds per step by phase, tokens per second and the share of the machine's limit."""
+    out: str = option("runs/benchmark", "folder to write benchmark.json, .md and .png into")
+    rounds: int = option(5, "turns that each setting takes")
+    steps: int = option(4, "steps per turn; the first is not counted")
+    against: str = option("", "what else does the same work: trl", ["", "trl"])
+    quick: bool = option(False, "a smoke test: two settings")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def endless(layers, width):
+    """A model with random weights that never says END."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(context=128, layers=layers, heads=width // 32, width=width))
+    model.head = lambda states: GPT.head(model, states).index_fill(-1, torch.tensor([END], device=states.device), -1e9)
+    return model
+
+
+def steps_of(loop, config, layers, width, prompts, group_size, new):
+    """Take some steps of a loop -> their rows of metrics, without the first."""
+    config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
+    settings = config_class(run="", steps=config.steps, prompts_per_step=prompts, group_size=group_size,
+                            max_new_tokens=new, device=config.device)
+    with contextlib.redirect_stdout(io.StringIO()):
+        _, rows = loop.train(settings, reward=lambda prompts, completions, **columns: [len(c) % 7 for c in completions],
+                             model=endless(layers, width).to(pick_device(config.device)))
+    assert all(row["length"] == new for row in rows), "or the work is not what is counted"
+    return rows[1:]
+
+
+def products(layers, width, prompts, group_size, new, prompt_length):
+    """Floating-point operations of the matrix products of a phase: 2 for each weight and token, 3 times that with the
+    gradient. The prompt is run once per prompt, and the last sampled token is not read again."""
+    weights, head = 12 * layers * width ** 2, width * VOCAB_SIZE
+    prompt, rows = prompts * prompt_length, prompts * group_size
+    sample = 2 * (prompt + rows * (new - 1)) * weights + 2 * rows * new * head
+    forward = 2 * (prompt + rows * new) * weights + 2 * rows * new * head
+    return dict(sample=sample, score=forward, update=3 * forward, critic=4 * 2 * (prompt + rows * new) * weights)
+
+
+def matrix_rate(device, size=2048):
+    """Floating-point operations per second of a product of two square matrices, the best of ten."""
+    a, seconds = torch.randn(size, size, device=device), []
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a).sum().item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size ** 3 / min(seconds)
+
+
+def measure(config):
+    """Let all settings take turns -> their records, and the rates of the matrix products at each turn."""
+    work = [("GRPO", grpo, BASE), ("PPO", ppo, BASE)]
+    work += [("GRPO", grpo, dict(BASE, **{name: value})) for name, values in GROWTH.values() for value in values
+             if value != BASE[name] and not config.quick]
+    work += [("GRPO", grpo, SMALL_GPT2)] if config.against else []
+    prompt_length = np.mean([len(encode_prompt(row["prompt"])) for row in
+                             load_reward(grpo.GRPOConfig(), None, 128, torch.device("cpu"))[1]])
+    turns = [lambda loop=loop, of=of: steps_of(loop, config, **of) for _, loop, of in work]
+    if config.against:
+        work += [("TRL GRPO", None, of) for of in (SMALL_GPT2, BASE)]
+        turns += [trl_steps(config, of, int(prompt_length)) for of in (SMALL_GPT2, BASE)]
+    records = [dict(name=name, work=of, rows=[]) for name, _, of in work]
+    rates = []
+    for turn in range(config.rounds):
+        print(f"turn {turn + 1} of {config.rounds}", flush=True)
+        rates.append(matrix_rate(pick_device(config.device)))
+        for record, take in zip(records, turns):
+            record["rows"] += take()
+    for record in records:
+        of, rows = record["work"], record.pop("rows")
+        record["seconds"] = {phase: float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
+                             for phase in PHASES}
+        totals = [sum(row.get(f"seconds_{phase}", 0.0) for phase in PHASES) for row in rows]
+        record["step"] = [float(np.median(totals)), min(totals), max(totals)]
+        limit = products(**of, prompt_length=prompt_length)
+        record["share_of_limit"] = {phase: limit[phase] / max(rates) / seconds for phase, seconds
+                                    in record["seconds"].items() if seconds and not record["name"].startswith("TRL")}
+        record["tokens_per_second"] = of["prompts"] * of["group_size"] * of["new"] / record["step"][0]
+    return records, rates
+
+
+def trl_steps(config, of, prompt_length):
+    """A function that lets TRL's GRPO take some steps of this work -> rows {seconds_update: the whole step}.
+
+    One generation batch, one forward and backward a step, no gradient checkpointing: TRL's fastest settings on a CPU.
+    """
+    try:
+        from datasets import Dataset
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    except ImportError as error:
+        require(False, f"--against trl: {error}; pip install trl transformers datasets accelerate")
+    times = []
+    words = {f"w{i}": i for i in range(VOCAB_SIZE)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0", unk_token="w0")
+    folder = Path(config.out) / f"trl-{of['width']}"
+    GPT2LMHeadModel(GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=128, n_layer=of["layers"], n_head=of["width"] // 32, n_embd=of["width"],
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=1,
+        eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
+    rng = np.random.default_rng(0)
+    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in rng.integers(6, VOCAB_SIZE, prompt_length))
+                                          for _ in range(1000)]))
+    rows = of["prompts"] * of["group_size"]
+    settings = GRPOConfig(
+        output_dir=str(folder), use_cpu=config.device != "cuda", bf16=False, fp16=False, seed=1,
+        per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_generations=of["group_size"],
+        max_completion_length=of["new"], temperature=1.0, beta=0.01, learning_rate=3e-4, max_steps=config.steps,
+        lr_scheduler_type="constant", gradient_checkpointing=False, logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, generation_kwargs=dict(suppress_tokens=[1]))
+
+    class Times(TrainerCallback):
+        def on_step_begin(self, *arguments, **keywords):
+            self.start = getattr(self, "end", time.perf_counter())
+
+        def on_step_end(self, *arguments, **keywords):
+            self.end = time.perf_counter()
+            times.append(self.end - self.start)
+
+    def reward(prompts, completions, **columns):
+        return [float(len(completion) % 7) for completion in completions]
+    trainer = GRPOTrainer(model=model, reward_funcs=reward, args=settings, train_dataset=data,
+                          processing_class=tokenizer, callbacks=[Times()])
+
+    def steps():
+        times.clear()
+        with contextlib.redirect_stdout(io.StringIO()):
+            trainer.train()
+        return [dict(seconds_update=seconds) for seconds in times[1:]]
+    return steps
+
+
+def tables(records, rates, device):
+    """The records as Markdown."""
+    lines = table_row(["", "layers x width", "prompts x completions x tokens", *(f"{phase} (s)" for phase in PHASES),
+                       "step (s)", "tokens/s", "share of limit: sample", "update"]) + table_row(["---"] * 11)
+    for record in records:
+        of, share = record["work"], record["share_of_limit"]
+        phases = ["-"] * 4 if record["name"].startswith("TRL") else [f"{record['seconds'][p]:.3f}" for p in PHASES]
+        lines += table_row([record["name"], f"{of['layers']} x {of['width']}",
+                            f"{of['prompts']} x {of['group_size']} x {of['new']}", *phases,
+                            "{:.3f} ({:.3f} to {:.3f})".format(*record["step"]), f"{record['tokens_per_second']:.0f}",
+                            *(f"{share[p]:.0%}" if p in share else "-" for p in ("sample", "update"))])
+    for record in records:
+        if record["name"] == "TRL GRPO":
+            ours = next(r for r in records if r["name"] == "GRPO" and r["work"] == record["work"])
+            lines += ["", "A step of TRL's GRPO on {prompts} x {group_size} completions of {new} tokens by a model of "
+                      "{layers} x {width} ".format(**record["work"]) +
+                      f"takes {record['step'][0] / ours['step'][0]:.2f} times as long as one of ours."]
+    lines += ["", f"Median (lowest to highest). Matrix products {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} Gflop/s, "
+              f"{torch.get_num_threads()} threads; {machine(device)}, {date.today()}.", ""]
+    return "\n".join(lines)
+
+
+def plot(records, path):
+    """Seconds of a step of GRPO as one thing grows, by phase."""
+    figure, axes = plt.subplots(1, len(GROWTH), figsize=(3.6 * len(GROWTH), 3.2), sharey=True)
+    for axis, (label, (name, _)) in zip(axes, GROWTH.items()):
+        rest = {key: value for key, value in BASE.items() if key != name}
+        chosen = sorted((r for r in records if r["name"] == "GRPO" and rest.items() <= r["work"].items()),
+                        key=lambda record: record["work"][name])
+        x = [record["work"][name] for record in chosen]
+        for phase in PHASES:
+            if any(record["seconds"][phase] for record in chosen):
+                axis.plot(x, [record["seconds"][phase] for record in chosen], marker="o", label=phase)
+        axis.plot(x, [record["step"][0] for record in chosen], marker="o", color="black", label="step")
+        axis.set(xlabel=label, ylabel="seconds" if axis is axes[0] else None, ylim=(0, None), xticks=x)
+    axes[0].legend(frameon=False)
+    finish(figure, path)
+
+
+def main(argv=None):
+    config = parse(BenchmarkConfig, argv)
+    require_positive(config, "rounds")
+    require(config.steps >= 2, "--steps must be at least 2, since the first is not counted")
+    device, out = pick_device(config.device), Path(config.out)
+    make_folder(out)
+    records, rates = measure(config)
+    text = tables(records, rates, device)
+    save_file(out / "benchmark.json", json.dumps(dict(records=records, rates=rates), indent=1).encode())
+    save_file(out / "benchmark.md", text.encode())
+    plot(records, out / "benchmark.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    run_command(main)
