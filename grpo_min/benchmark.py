@@ -14,6 +14,7 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from grpo_min.tokenizer import END, VOCAB_SIZE, encode_prompt
 
 BASE = dict(layers=3, width=96, prompts=32, group_size=8, new=24)      # about the arithmetic task, once it thinks
 GROWTH = {"completions per prompt": ("group_size", [2, 4, 8, 16]), "tokens per completion": ("new", [8, 16, 24, 40]),
-          "width": ("width", [64, 96, 128, 192])}
+          "width of the model": ("width", [64, 96, 128, 192])}
 SMALL_GPT2 = dict(layers=4, width=128, prompts=32, group_size=16, new=8)
 PHASES = ["sample", "score", "critic", "update"]
 
@@ -184,14 +185,16 @@ def tables(records, rates, device):
                             f"{of['prompts']} x {of['group_size']} x {of['new']}", *phases,
                             "{:.3f} ({:.3f} to {:.3f})".format(*record["step"]), f"{record['tokens_per_second']:.0f}",
                             *(f"{share[p]:.0%}" if p in share else "-" for p in ("sample", "update"))])
+    trl = ""
     for record in records:
         if record["name"] == "TRL GRPO":
+            trl = f", TRL {version('trl')}"
             ours = next(r for r in records if r["name"] == "GRPO" and r["work"] == record["work"])
             lines += ["", "A step of TRL's GRPO on {prompts} x {group_size} completions of {new} tokens by a model of "
                       "{layers} x {width} ".format(**record["work"]) +
                       f"takes {record['step'][0] / ours['step'][0]:.2f} times as long as one of ours."]
-    lines += ["", f"Median (lowest to highest). Matrix products {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} Gflop/s, "
-              f"{torch.get_num_threads()} threads; {machine(device)}, {date.today()}.", ""]
+    lines += ["", f"Median (lowest to highest). Matrix products {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} "
+              f"Gflop/s, {torch.get_num_threads()} threads; {machine(device)}{trl}, {date.today()}.", ""]
     return "\n".join(lines)
 
 
@@ -207,7 +210,8 @@ def plot(records, path):
             if any(record["seconds"][phase] for record in chosen):
                 axis.plot(x, [record["seconds"][phase] for record in chosen], marker="o", label=phase)
         axis.plot(x, [record["step"][0] for record in chosen], marker="o", color="black", label="step")
-        axis.set(xlabel=label, ylabel="seconds" if axis is axes[0] else None, ylim=(0, None), xticks=x)
+        axis.set(xlabel=label, ylabel="seconds" if axis is axes[0] else None, xticks=x)
+    axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False)
     finish(figure, path)
 
