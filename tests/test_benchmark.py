@@ -1,16 +1,20 @@
 """The benchmark counts the multiplications that are done, and what it writes is what it measured.
 
-Operations are compared with torch's own counter, which sees attention too. No time is asserted anywhere.
+Operations are compared with torch's own counter, which sees attention too; the model state of GRPO and PPO is counted
+tensor by tensor. No time is asserted anywhere.
 """
+import copy
 import json
+import types
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from grpo_min import benchmark
+from grpo_min import benchmark, ppo, report
 from grpo_min.config import UserError
 from grpo_min.rollout import Prompts, sample, token_logprobs
+from tests.tiny import LOOPS, letter_e, settings
 
 WORK = dict(layers=2, width=64, prompts=4, group_size=3, new=6)
 
@@ -57,3 +61,36 @@ def test_trl_is_not_required(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_trl)
     with pytest.raises(UserError, match="--against trl: No module named"):
         benchmark.main(["--quick", "--rounds", "1", "--against", "trl", "--device", "cpu", "--out", str(tmp_path)])
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+def size(tensors):
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@LOOPS
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_model_state_is_counted_to_the_byte(loop, beta, tmp_path, monkeypatch):
+    """Weights, gradients and Adam's moments of what is trained, and the reference's weights, as they lie in memory."""
+    trained, references, optimizer_for = [], [], loop.optimizer_for
+
+    def watched(model, lr):
+        trained.append((model, optimizer_for(model, lr)))
+        return trained[-1][1]
+
+    def copied(thing):
+        references.append(copy.deepcopy(thing))
+        return references[-1]
+    monkeypatch.setattr(loop, "optimizer_for", watched)
+    monkeypatch.setattr(loop, "copy", types.SimpleNamespace(deepcopy=copied))
+    config = settings(loop, tmp_path, steps=1, beta=beta)
+    policy, _ = loop.train(config, reward=letter_e)
+    monkeypatch.undo()
+    expected = {"policy": size(policy.parameters()), "reference": sum(size(model.parameters()) for model in references),
+                "gradients": sum(size(p.grad for p in model.parameters()) for model, _ in trained),
+                "Adam's moments": sum(size([state["exp_avg"], state["exp_avg_sq"]])
+                                      for _, optimizer in trained for state in optimizer.state.values())}
+    if loop is ppo:
+        expected["critic"] = size(trained[1][0].parameters())
+    assert report.state_bytes(policy, config) == expected and (expected["reference"] > 0) == (beta > 0)
