@@ -1,9 +1,10 @@
 """How fast, and how near to what the machine can do: python -m grpo_min.benchmark
 
-Steps of GRPO and PPO on a model with random weights, which hardly ever ends a completion, so that every completion has
-the same length and the work is known. All settings take turns, so that a slow minute of the machine hits them alike,
-and the median over all steps but the first of each turn is reported. The limit is what the matrix products of a phase
-would take at the rate that this machine reaches on products of 2048 x 2048 matrices; attention is not counted.
+Steps of GRPO and PPO on a model with random weights that never ends a completion, so that every completion has the same
+length and the work is known. All settings take turns, so that a slow minute of the machine hits them alike, and the
+median over all steps but the first of each turn is reported. Memory is that of a process of its own that takes one
+turn. The limit is what the matrix products of a phase would take at the best rate that this machine reached on products
+of 2048 x 2048 matrices; attention is not counted.
 
 --against trl does TRL's GRPO on the same work in the same run, where TRL is installed (it is not required): a model of
 the same shape and vocabulary, prompts of as many tokens, completions of as many tokens.
@@ -11,7 +12,9 @@ the same shape and vocabulary, prompts of as many tokens, completions of as many
 import contextlib
 import io
 import json
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from importlib.metadata import version
@@ -22,6 +25,7 @@ import torch
 
 from grpo_min import grpo, ppo
 from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.metrics import peak_memory_mb
 from grpo_min.model import GPT, GPTConfig
 from grpo_min.plots import finish, plt
 from grpo_min.report import machine, table_row
@@ -89,20 +93,22 @@ def matrix_rate(device, size=2048):
 
 def measure(config):
     """Let all settings take turns -> their records, and the rates of the matrix products at each turn."""
-    work = [("GRPO", grpo, BASE), ("PPO", ppo, BASE)]
-    work += [("GRPO", grpo, dict(BASE, **{name: value})) for name, values in GROWTH.values() for value in values
+    work = [("GRPO", BASE), ("PPO", BASE)]
+    work += [("GRPO", dict(BASE, **{name: value})) for name, values in GROWTH.values() for value in values
              if value != BASE[name] and not config.quick]
-    work += [("GRPO", grpo, SMALL_GPT2)] if config.against else []
-    prompt_length = np.mean([len(encode_prompt(row["prompt"])) for row in
-                             load_reward(grpo.GRPOConfig(), None, 128, torch.device("cpu"))[1]])
-    turns = [lambda loop=loop, of=of: steps_of(loop, config, **of) for _, loop, of in work]
     if config.against:
-        work += [("TRL GRPO", None, of) for of in (SMALL_GPT2, BASE)]
-        turns += [trl_steps(config, of, int(prompt_length)) for of in (SMALL_GPT2, BASE)]
-    records = [dict(name=name, work=of, rows=[]) for name, _, of in work]
-    rates = []
+        work += [("GRPO", SMALL_GPT2), ("TRL GRPO", SMALL_GPT2), ("TRL GRPO", BASE)]
+    turns = [turn_of(name, config, of) for name, of in work]
+    records, rates = [], []
+    for number, (name, of) in enumerate(work, start=1):
+        print(f"memory of setting {number} of {len(work)}", flush=True)
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+            records.append(dict(name=name, work=of, rows=[],
+                                peak_memory_mb=process.submit(peak_memory, name, config, of).result()))
+    start = time.perf_counter()
     for turn in range(config.rounds):
-        print(f"turn {turn + 1} of {config.rounds}", flush=True)
+        left = (time.perf_counter() - start) / turn * (config.rounds - turn) if turn else 0
+        print(f"turn {turn + 1} of {config.rounds}" + (f", {left:.0f} s left" if turn else ""), flush=True)
         rates.append(matrix_rate(pick_device(config.device)))
         for record, take in zip(records, turns):
             record["rows"] += take()
@@ -112,14 +118,33 @@ def measure(config):
                              for phase in PHASES}
         totals = [sum(row.get(f"seconds_{phase}", 0.0) for phase in PHASES) for row in rows]
         record["step"] = [float(np.median(totals)), min(totals), max(totals)]
-        limit = products(**of, prompt_length=prompt_length)
+        limit = products(**of, prompt_length=mean_prompt_length())
         record["share_of_limit"] = {phase: limit[phase] / max(rates) / seconds for phase, seconds
                                     in record["seconds"].items() if seconds and not record["name"].startswith("TRL")}
         record["tokens_per_second"] = of["prompts"] * of["group_size"] * of["new"] / record["step"][0]
     return records, rates
 
 
-def trl_steps(config, of, prompt_length):
+def turn_of(name, config, of):
+    """A function that takes some steps -> their rows of metrics."""
+    if name == "TRL GRPO":
+        return trl_steps(config, of)
+    return lambda: steps_of({"GRPO": grpo, "PPO": ppo}[name], config, **of)
+
+
+def peak_memory(name, config, of):
+    """Megabytes that a process needs to take one turn, with torch and all it imports. On CUDA: what was allocated."""
+    turn_of(name, config, of)()
+    return peak_memory_mb(pick_device(config.device))
+
+
+def mean_prompt_length():
+    """Tokens of a prompt of the arithmetic task."""
+    rows = load_reward(grpo.GRPOConfig(), None, 128, torch.device("cpu"))[1]
+    return float(np.mean([len(encode_prompt(row["prompt"])) for row in rows]))
+
+
+def trl_steps(config, of):
     """A function that lets TRL's GRPO take some steps of this work -> rows {seconds_update: the whole step}.
 
     One generation batch, one forward and backward a step, no gradient checkpointing: TRL's fastest settings on a CPU.
@@ -143,7 +168,7 @@ def trl_steps(config, of, prompt_length):
         eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
     rng = np.random.default_rng(0)
-    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in rng.integers(6, VOCAB_SIZE, prompt_length))
+    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in rng.integers(6, VOCAB_SIZE, round(mean_prompt_length())))
                                           for _ in range(1000)]))
     rows = of["prompts"] * of["group_size"]
     settings = GRPOConfig(
@@ -177,14 +202,15 @@ def trl_steps(config, of, prompt_length):
 def tables(records, rates, device):
     """The records as Markdown."""
     lines = table_row(["", "layers x width", "prompts x completions x tokens", *(f"{phase} (s)" for phase in PHASES),
-                       "step (s)", "tokens/s", "share of limit: sample", "update"]) + table_row(["---"] * 11)
+                       "step (s)", "tokens/s", "share of limit: sample", "update", "peak memory (MB)"]) + table_row(["---"] * 12)
     for record in records:
         of, share = record["work"], record["share_of_limit"]
         phases = ["-"] * 4 if record["name"].startswith("TRL") else [f"{record['seconds'][p]:.3f}" for p in PHASES]
         lines += table_row([record["name"], f"{of['layers']} x {of['width']}",
                             f"{of['prompts']} x {of['group_size']} x {of['new']}", *phases,
                             "{:.3f} ({:.3f} to {:.3f})".format(*record["step"]), f"{record['tokens_per_second']:.0f}",
-                            *(f"{share[p]:.0%}" if p in share else "-" for p in ("sample", "update"))])
+                            *(f"{share[p]:.0%}" if p in share else "-" for p in ("sample", "update")),
+                            f"{record['peak_memory_mb']:.0f}"])
     trl = ""
     for record in records:
         if record["name"] == "TRL GRPO":
