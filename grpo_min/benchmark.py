@@ -167,9 +167,8 @@ def trl_steps(config, of):
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=1,
         eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
-    rng = np.random.default_rng(0)
-    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in rng.integers(6, VOCAB_SIZE, round(mean_prompt_length())))
-                                          for _ in range(1000)]))
+    prompts = np.random.default_rng(0).integers(6, VOCAB_SIZE, (1000, round(mean_prompt_length())))
+    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in prompt) for prompt in prompts]))
     rows = of["prompts"] * of["group_size"]
     settings = GRPOConfig(
         output_dir=str(folder), use_cpu=config.device != "cuda", bf16=False, fp16=False, seed=1,
@@ -202,7 +201,8 @@ def trl_steps(config, of):
 def tables(records, rates, device):
     """The records as Markdown."""
     lines = table_row(["", "layers x width", "prompts x completions x tokens", *(f"{phase} (s)" for phase in PHASES),
-                       "step (s)", "tokens/s", "share of limit: sample", "update", "peak memory (MB)"]) + table_row(["---"] * 12)
+                       "step (s)", "tokens/s", "share of limit: sample", "update", "peak memory (MB)"])
+    lines += table_row(["---"] * 12)
     for record in records:
         of, share = record["work"], record["share_of_limit"]
         phases = ["-"] * 4 if record["name"].startswith("TRL") else [f"{record['seconds'][p]:.3f}" for p in PHASES]
