@@ -28,7 +28,7 @@ from grpo_min.config import option, parse, pick_device, require, require_positiv
 from grpo_min.metrics import peak_memory_mb
 from grpo_min.model import GPT, GPTConfig
 from grpo_min.plots import finish, plt
-from grpo_min.report import machine, table_row
+from grpo_min.report import PHASES, machine, table_row
 from grpo_min.rewards import load_reward
 from grpo_min.runs import make_folder, save_file
 from grpo_min.tokenizer import END, VOCAB_SIZE, encode_prompt
@@ -37,7 +37,6 @@ BASE = dict(layers=3, width=96, prompts=32, group_size=8, new=24)      # about t
 GROWTH = {"completions per prompt": ("group_size", [2, 4, 8, 16]), "tokens per completion": ("new", [8, 16, 24, 40]),
           "width of the model": ("width", [64, 96, 128, 192])}
 SMALL_GPT2 = dict(layers=4, width=128, prompts=32, group_size=16, new=8)
-PHASES = ["sample", "score", "critic", "update"]
 
 
 @dataclass
@@ -171,7 +170,7 @@ def trl_steps(config, of):
     data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in prompt) for prompt in prompts]))
     rows = of["prompts"] * of["group_size"]
     settings = GRPOConfig(
-        output_dir=str(folder), use_cpu=config.device != "cuda", bf16=False, fp16=False, seed=1,
+        output_dir=str(folder), use_cpu=pick_device(config.device).type == "cpu", bf16=False, fp16=False, seed=1,
         per_device_train_batch_size=rows, gradient_accumulation_steps=1, num_generations=of["group_size"],
         max_completion_length=of["new"], temperature=1.0, beta=0.01, learning_rate=3e-4, max_steps=config.steps,
         lr_scheduler_type="constant", gradient_checkpointing=False, logging_strategy="no", save_strategy="no",

@@ -20,7 +20,7 @@ from grpo_min.config import option, parse, pick_device, require, require_positiv
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.plots import plot_comparison
-from grpo_min.report import state_bytes, tables
+from grpo_min.report import PHASES, state_bytes, tables
 from grpo_min.runs import DATA, OtherSettings, fingerprint, load_model, make_folder, save_file, write_csv
 from grpo_min.sample import show_answers
 
@@ -130,7 +130,7 @@ def one_run(config, folder, name, reward, seed, sft):
     show_answers(policy, [row["prompt"] for row in held_out(*SETS[reward][0], 2)])
     figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
     seconds = {phase: float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
-               for phase in ("sample", "score", "critic", "update")}
+               for phase in PHASES}
     return dict(algorithm=name, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
                 completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
                 state_bytes=state_bytes(policy, settings))

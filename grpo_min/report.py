@@ -14,6 +14,7 @@ from grpo_min.sample import ask
 
 QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
              "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
+PHASES = ["sample", "score", "critic", "update"]        # of a step, each with its seconds
 COLUMNS = {     # reward: [(heading, set, figure, form)]
     "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"),
                 ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
@@ -73,12 +74,11 @@ def tables(records):
 
 
 def cost_table(records):
-    phases = ["sample", "score", "critic", "update"]
-    headings = ["", *(f"{phase} (s)" for phase in phases), "step (s)", "model state (MB)", "peak memory (MB)"]
+    headings = ["", *(f"{phase} (s)" for phase in PHASES), "step (s)", "model state (MB)", "peak memory (MB)"]
     lines = table_row(headings) + table_row(["---"] * len(headings))
     for name in dict.fromkeys(record["algorithm"] for record in records):
         chosen = [record for record in records if record["algorithm"] == name]
-        lines += table_row([name, *(spread([r["seconds"][phase] for r in chosen], "{:.2f}") for phase in phases),
+        lines += table_row([name, *(spread([r["seconds"][phase] for r in chosen], "{:.2f}") for phase in PHASES),
                             spread([sum(r["seconds"].values()) for r in chosen], "{:.2f}"),
                             f"{sum(chosen[0]['state_bytes'].values()) / 1e6:.1f}",
                             f"{max(r['peak_memory_mb'] for r in chosen):.0f}"])

@@ -44,8 +44,8 @@ def train(config):
         prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
         completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
         states = model.states(prompts, completion_ids, mask)[:, :-1][mask]       # (n, D), of the n real tokens
-        share = len(states) / mean(torch.tensor(float(len(states)), device=device))   # 1, unless there are other ranks
-        return F.cross_entropy(model.head(states), completion_ids[mask]) * share, {}
+        weight = len(states) / mean(torch.tensor(float(len(states)), device=device))  # 1, unless there are other ranks
+        return F.cross_entropy(model.head(states), completion_ids[mask]) * weight, {}
 
     return model, fit(config, model, [config.base, config.demonstrations], loss_at)
 

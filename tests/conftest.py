@@ -51,6 +51,20 @@ def double():
 
 
 @pytest.fixture
+def watch(monkeypatch):
+    """watch(module, name) -> a list that will hold (arguments, result) of every call."""
+    def watch(module, name):
+        calls, function = [], getattr(module, name)
+
+        def watched(*arguments, **keywords):
+            calls.append((arguments, function(*arguments, **keywords)))
+            return calls[-1][1]
+        monkeypatch.setattr(module, name, watched)
+        return calls
+    return watch
+
+
+@pytest.fixture
 def make():
     """make(kind=GPT, vocab_size=.., context=.., seed=0) -> a tiny GPT or ScalarGPT with random weights."""
     def make(kind=GPT, vocab_size=VOCAB_SIZE, context=32, std=0.5, seed=0):

@@ -59,8 +59,8 @@ MUTANTS = [Mutant(*row) for row in [
     (1, "rollout", "ids, length = pad([encode_completion(text, end) for text, end in zip(texts, finished)], device)",
      "ids, length = pad([encode_completion(text, False) for text, end in zip(texts, finished)], device)",
      "rollout::completions_are_padded_after_end"),
-    (1, "sft", "return F.cross_entropy(model.head(states), completion_ids[mask]) * share, {}",
-     "return F.cross_entropy(model.head(states), completion_ids[mask], ignore_index=1) * share, {}",
+    (1, "sft", "return F.cross_entropy(model.head(states), completion_ids[mask]) * weight, {}",
+     "return F.cross_entropy(model.head(states), completion_ids[mask], ignore_index=1) * weight, {}",
      "stages::sft_loss_by_hand"),
 
     (2, "grpo", "return -(surrogate * mask).sum(dim=1).mean()", "return -surrogate.sum(dim=1).mean()",

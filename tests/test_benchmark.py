@@ -71,22 +71,17 @@ def size(tensors):
 
 @LOOPS
 @pytest.mark.parametrize("beta", [0.0, 0.1])
-def test_model_state_is_counted_to_the_byte(loop, beta, tmp_path, monkeypatch):
+def test_model_state_is_counted_to_the_byte(loop, beta, tmp_path, monkeypatch, watch):
     """Weights, gradients and Adam's moments of what is trained, and the reference's weights, as they lie in memory."""
-    trained, references, optimizer_for = [], [], loop.optimizer_for
-
-    def watched(model, lr):
-        trained.append((model, optimizer_for(model, lr)))
-        return trained[-1][1]
+    optimizers, references = watch(loop, "optimizer_for"), []
 
     def copied(thing):
         references.append(copy.deepcopy(thing))
         return references[-1]
-    monkeypatch.setattr(loop, "optimizer_for", watched)
     monkeypatch.setattr(loop, "copy", types.SimpleNamespace(deepcopy=copied))
     config = settings(loop, tmp_path, steps=1, beta=beta)
     policy, _ = loop.train(config, reward=letter_e)
-    monkeypatch.undo()
+    trained = [(model, optimizer) for (model, _), optimizer in optimizers]
     expected = {"policy": size(policy.parameters()), "reference": sum(size(model.parameters()) for model in references),
                 "gradients": sum(size(p.grad for p in model.parameters()) for model, _ in trained),
                 "Adam's moments": sum(size([state["exp_avg"], state["exp_avg_sq"]])

@@ -337,14 +337,9 @@ def test_animal_figures_by_hand(monkeypatch):
     assert figures["win_rate"] == pytest.approx((0.5 + 0 + 1 + 1 + 0.5 + 0 + 1 + 1) / 8)
 
 
-def test_answers_are_those_of_their_rollouts(monkeypatch):
+def test_answers_are_those_of_their_rollouts(watch):
     """Sampled at the temperature that was asked for, with other random numbers for each batch and seed."""
-    calls, sample = [], evaluation.sample
-
-    def watched(*arguments):
-        calls.append((arguments, sample(*arguments)))
-        return calls[-1][1]
-    monkeypatch.setattr(evaluation, "sample", watched)
+    calls = watch(evaluation, "sample")
     found = evaluation.answers(tiny.gpt(context=128, ends=3), list("abcde"), 2, 0.6, seed=7, batch=2)
     assert any(found[1]) and not all(found[1]), "some have to be cut"
     assert [(len(prompts.ids), samples, temperature, g.initial_seed())

@@ -18,20 +18,6 @@ from tests import tiny
 from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
 
 
-@pytest.fixture
-def watch(monkeypatch):
-    """watch(module, name) -> a list that will hold (arguments, result) of every call."""
-    def watch(module, name):
-        calls, function = [], getattr(module, name)
-
-        def watched(*arguments, **keywords):
-            calls.append((arguments, function(*arguments, **keywords)))
-            return calls[-1][1]
-        monkeypatch.setattr(module, name, watched)
-        return calls
-    return watch
-
-
 # --- the policy's update and the critic's -------------------------------------------------------------------------
 
 @LOOPS
@@ -156,8 +142,6 @@ TROUBLE = dict(equal_groups=(0.5, 0.95), truncated=(0.1, 0.5), kl=(5.0, 50.0), e
 
 
 class FakeRun:
-    config, name = settings, ""
-
     def __init__(self, config):
         self.config, self.warned, self.rows = config, set(), []
 
