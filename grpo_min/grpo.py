@@ -8,7 +8,7 @@ Shapes: Q prompts, G completions each, B = Q * G rows, row b belongs to prompt b
 Column t is the pair (state, action): the prompt and the completion tokens before t, and completion token t.
 """
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -148,11 +148,13 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
                 charged = rewards - config.beta * (charge * rollout.mask).sum(dim=1)          # (B,)
             advantages = advantage(charged, config.group_size, config.scale_advantages)       # (B,)
             advantages = advantages[:, None].expand_as(rollout.mask)                          # (B, N)
+            # Without a KL penalty, a completion whose advantage is 0 has no gradient: groups of equals are left out.
+            trained = rollout if config.beta > 0 else replace(rollout, mask=rollout.mask & (advantages != 0))
 
             # --- 6. move the policy --------------------------------------------------------------------------------
             updates = []
             for _ in range(config.epochs):
-                for part, b in split(prompts, rollout, config.minibatches):                   # b: the rows of the part
+                for part, b in split(prompts, trained, config.minibatches):                   # b: the rows of the part
                     mask = rollout.mask[b]                                                    # (b, N)
                     logprobs, entropy = token_logprobs(policy, *part, config.temperature)     # (b, N) each
                     # With one update per batch the old policy is this very policy, and the ratio is exactly 1.
@@ -162,8 +164,8 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
                         penalty = kl(logprobs, ref_logprobs[b], config.kl)                    # (b, N)
                         objective = objective + config.beta * (penalty * mask).sum(dim=1).mean()
                     norm = update(run, policy, optimizer, objective, config.max_grad_norm)
-                    updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy, mask,
-                                                  config.clip_eps))
+                    updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy,
+                                                  part[2], config.clip_eps))
                     clock.lap("update")
 
             # --- 7. repeat -----------------------------------------------------------------------------------------

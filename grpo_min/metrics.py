@@ -7,7 +7,7 @@
 | equal_groups | share of groups whose rewards are all equal: they teach nothing |
 | truncated, length | share of completions that the length limit cut; mean length in tokens, END included |
 | kl | KL(policy || reference), nats per completion, estimated by k3 |
-| entropy | of the policy's next-token distribution, nats per token |
+| entropy | of the policy's next-token distribution, nats per token (GRPO with beta 0: where there is an advantage) |
 | loss, grad_norm | of the policy, mean over the updates of the step; the norm is the one before clipping |
 | clip_low, clip_high | share of tokens whose ratio is below 1 - clip_eps or above 1 + clip_eps |
 | gap | largest difference between the sampler's and the trainer's log-probability of a token |
@@ -41,10 +41,10 @@ class Clock:
         self.last = now
 
 
-def peak_memory_mb(device):
+def peak_memory_mb(device, of_children=False):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10      # macOS counts bytes, Linux kilobytes
 
 
@@ -69,12 +69,12 @@ def rollout_metrics(rewards, texts, batch, rollout, group_size, kl):
 
 def update_metrics(loss, norm, logprobs, old_logprobs, sampled, entropy, mask, clip_eps):
     """Of one update: logprobs, old_logprobs, the sampler's, entropy, mask (b, N) -> {column: number}."""
-    tokens = mask.sum()
+    tokens = mask.sum().clamp(min=1)
     ratio = (logprobs.detach() - old_logprobs).exp()                                          # (b, N)
     return dict(loss=loss.item(), grad_norm=norm, entropy=(entropy.sum() / tokens).item(),
                 clip_low=((ratio < 1 - clip_eps) & mask).sum().item() / tokens.item(),
                 clip_high=((ratio > 1 + clip_eps) & mask).sum().item() / tokens.item(),
-                gap=(old_logprobs - sampled).abs().max().item())
+                gap=((old_logprobs - sampled) * mask).abs().max().item())
 
 
 def average(updates):
@@ -91,7 +91,7 @@ def record(run, step, row, clock, samples):
     for name, is_trouble, meaning in TROUBLE:
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)
-            print(f"note: {name} is {row[name]:.3g} in step {step + 1}: {meaning}")
+            print(f"{run.name}note: {name} is {row[name]:.3g} in step {step + 1}: {meaning}")
     run.step_done(step, row, log_line(row), samples)
 
 

@@ -56,41 +56,44 @@ class Attention(nn.Module):
         """x (B, T, D) -> (B, T, D) and its keys and values (B, H, T, E).
 
         prompt: None where x begins at position 0. Otherwise x continues prompts whose keys and values (Q, H, P, E)
-        and padding mask (Q, P) these are. cache: keys and values of the completion tokens before x, and their number.
+        these are, and hidden (Q, P): -inf on padding, 0 elsewhere. cache: keys and values (Q, H, G, N, E) of the
+        completion tokens before x, with room for x, and their number.
         mask (B, T): x holds the n real tokens alone, (n, D) -> (n, D).
         """
         qkv = unpack(self.qkv(x), mask)                                                           # (B, T, 3 D)
         B, T, D = qkv.shape[0], qkv.shape[1], x.shape[-1]
-        q, k, v = qkv.view(B, T, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)           # (B, H, T, E) each
+        Q, H = B if prompt is None else len(prompt[0]), self.heads
+        # The G completions of a prompt stand together, as G * T queries to the prompt's keys.
+        q, k, v = qkv.view(Q, B // Q, T, 3, H, D // H).permute(3, 0, 4, 1, 2, 5).contiguous()     # (Q, H, G, T, E) each
         if prompt is None:
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)                           # (B, H, T, E)
+            k, v = k[:, :, 0], v[:, :, 0]                                                         # G is 1: (B, H, T, E)
+            y = F.scaled_dot_product_attention(q[:, :, 0], k, v, is_causal=True)[:, :, None]
         else:
-            y = self.attend_to_both(q, k, v, prompt, cache)                                       # (B, H, T, E)
-        y = y.transpose(1, 2).reshape(B, T, D)
+            y = self.attend_to_both(q, k, v, prompt, cache)
+        y = y.permute(0, 2, 3, 1, 4).reshape(B, T, D)                                  # from (Q, H, G, T, E)
         return self.out(pack(y, mask)), (k, v)
 
     def attend_to_both(self, q, k, v, prompt, cache):
-        """Softmax over the prompt's keys and the completion's own. The prompt's are never copied G times."""
-        B, H, T, E = q.shape
-        prompt_k, prompt_v, prompt_mask = prompt
-        Q, G = len(prompt_k), B // len(prompt_k)
+        """Softmax over the prompt's keys and the completion's own: q, k, v (Q, H, G, T, E) -> (Q, H, G, T, E).
+
+        The prompt's keys are never copied G times.
+        """
+        Q, H, G, T, E = q.shape
+        prompt_k, prompt_v, prompt_hidden = prompt
+        P = prompt_k.shape[2]
         if cache is not None:
             cache_k, cache_v, past = cache
-            cache_k[:, :, past:past + T], cache_v[:, :, past:past + T] = k, v
-            k, v = cache_k[:, :, :past + T], cache_v[:, :, :past + T]
-        S = k.shape[2]                                                                   # completion tokens so far
+            cache_k[:, :, :, past:past + T], cache_v[:, :, :, past:past + T] = k, v
+            k, v = cache_k[:, :, :, :past + T], cache_v[:, :, :, :past + T]
+        S = k.shape[3]                                                                   # completion tokens so far
         q = q / math.sqrt(E)
-        # The G completions of a prompt are G * T queries to the same keys.
-        shared_q = q.view(Q, G, H, T, E).transpose(1, 2).reshape(Q, H, G * T, E)
-        to_prompt = (shared_q @ prompt_k.transpose(2, 3)).masked_fill(~prompt_mask[:, None, None], -math.inf)
-        to_prompt = to_prompt.view(Q, H, G, T, -1).transpose(1, 2).reshape(B, H, T, -1)           # (B, H, T, P)
-        future = torch.ones(T, S, dtype=torch.bool, device=q.device).triu(S - T + 1)              # (T, S)
-        to_own = (q @ k.transpose(2, 3)).masked_fill(future, -math.inf)                           # (B, H, T, S)
-        weights = torch.cat([to_prompt, to_own], dim=-1).softmax(dim=-1)                          # (B, H, T, P + S)
-        to_prompt, to_own = weights.split([prompt_k.shape[2], S], dim=-1)
-        to_prompt = to_prompt.view(Q, G, H, T, -1).transpose(1, 2).reshape(Q, H, G * T, -1)
-        from_prompt = (to_prompt @ prompt_v).view(Q, H, G, T, E).transpose(1, 2).reshape(B, H, T, E)
-        return from_prompt + to_own @ v                                                           # (B, H, T, E)
+        to_prompt = (q.view(Q, H, G * T, E) @ prompt_k.transpose(2, 3)).view(Q, H, G, T, P)
+        to_own = q @ k.transpose(3, 4)                                                            # (Q, H, G, T, S)
+        future = torch.full((T, S), -math.inf, device=q.device).triu(S - T + 1)                   # (T, S)
+        hidden = torch.cat([prompt_hidden[:, None].expand(Q, T, P), future.expand(Q, T, S)], dim=-1)   # (Q, T, P + S)
+        weights = torch.cat([to_prompt, to_own], dim=-1) + hidden[:, None, None]                  # (Q, H, G, T, P + S)
+        to_prompt, to_own = weights.softmax(dim=-1).split([P, S], dim=-1)
+        return (to_prompt.reshape(Q, H, G * T, P) @ prompt_v).view(Q, H, G, T, E) + to_own @ v
 
 
 class Block(nn.Module):
@@ -162,7 +165,8 @@ class GPT(nn.Module):
         mask = positions < prompts.length[:, None]                                                # (Q, P)
         states, keys_values = self.run(prompts.ids, positions, mask=mask)                         # (Q, P, D)
         last = states[torch.arange(len(states), device=states.device), prompts.length - 1]        # (Q, D)
-        return last, [(k, v, mask) for k, v in keys_values]
+        hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)        # (Q, P)
+        return last, [(k, v, hidden) for k, v in keys_values]
 
     def run(self, ids, positions, memory=None, caches=None, mask=None):
         """ids (B, T) at positions (T,) or (B, T) -> states (B, T, D), and per layer the keys and values."""

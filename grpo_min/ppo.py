@@ -222,8 +222,8 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
                     norm = 0.0
                     if step >= config.critic_warmup:
                         norm = update(run, policy, optimizer, objective, config.max_grad_norm)
-                    updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy, mask,
-                                                  config.clip_eps))
+                    updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy,
+                                                  part[2], config.clip_eps))
                     clock.lap("update")
                     values = critic(*part)[:, :-1]                                            # (b, N)
                     error = value_loss(values, old_values[b], returns[b], mask, config.value_clip)

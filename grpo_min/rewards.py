@@ -54,13 +54,13 @@ def learned(reward_model, batch_size=256):
 
     @torch.no_grad()
     def reward(prompts, completions, finished=None, **columns):
-        finished = finished or [True] * len(completions)
-        scores = []
-        for i in range(0, len(prompts), batch_size):
-            rows = zip(prompts[i:i + batch_size], completions[i:i + batch_size], finished[i:i + batch_size])
-            ids, length = pad([(encode_prompt(p) + encode_completion(c, end))[:context] for p, c, end in rows], device)
-            scores += reward_model.last_of(Prompts(ids, length, [])).tolist()                 # (batch,)
-        return scores
+        answers = list(zip(prompts, completions, finished or [True] * len(completions)))
+        distinct, scores = list(dict.fromkeys(answers)), {}                  # what was answered twice is read once
+        for i in range(0, len(distinct), batch_size):
+            part = distinct[i:i + batch_size]
+            ids, length = pad([(encode_prompt(p) + encode_completion(c, end))[:context] for p, c, end in part], device)
+            scores.update(zip(part, reward_model.last_of(Prompts(ids, length, [])).tolist()))
+        return [scores[answer] for answer in answers]
     return reward
 
 

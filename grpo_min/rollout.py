@@ -73,7 +73,7 @@ def token_logprobs(policy, prompts, completion_ids, mask, temperature=1.0):
     completion_ids, mask (B, N) -> logprobs (B, N), entropy (B, N) without gradient; both 0 where the mask is False.
     """
     states = policy.states(prompts, completion_ids, mask)[:, :-1][mask]        # (n, D), of the n real tokens alone
-    all_logprobs = (policy.head(states) / temperature).log_softmax(dim=-1)                    # (n, V)
+    all_logprobs = policy.head(states / temperature).log_softmax(dim=-1)                      # (n, V)
     logprobs = all_logprobs.gather(1, completion_ids[mask][:, None]).squeeze(1)               # (n,)
     with torch.no_grad():
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)                                # (n,)
@@ -111,37 +111,42 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
         raise UserError(f"{int(prompts.length.max())} prompt tokens and {N} new ones do not fit into the model's "
                          f"context of {policy.config.context}")
     uniforms = torch.rand(B, N, generator=generator).to(device)                         # (B, N)
-    last, memory = policy.read(prompts)                                                 # (Q, D)
-    state = last.repeat_interleave(group_size, dim=0)                                   # (B, D)
-    position = prompts.length.repeat_interleave(group_size)                             # (B,)
-    caches = [(k.new_empty(B, k.shape[1], N, k.shape[3]), k.new_empty(B, k.shape[1], N, k.shape[3]))
-              for k, _, _ in memory]
     completion_ids = torch.full((B, N), PAD, device=device)
     mask = torch.zeros(B, N, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, N, device=device)
-    running = torch.ones(B, dtype=torch.bool, device=device)
+    finished = torch.zeros(B, dtype=torch.bool, device=device)
+    last, memory = policy.read(prompts)                                                 # (Q, D)
+    state = last.repeat_interleave(group_size, dim=0)                                   # (B, D)
+    position = prompts.length.repeat_interleave(group_size)                             # (B,)
+    caches = [[k.new_empty(Q, k.shape[1], group_size, N, k.shape[3]) for _ in "kv"] for k, _, _ in memory]
+    rows = torch.arange(B, device=device)                                               # (R,) those being decoded
     for t in range(N):
-        logits = policy.head(state)                                                     # (B, V)
+        on = ~finished[rows]                                                            # (R,)
         if temperature == 0:
-            token, logprob = logits.argmax(-1), logits.new_zeros(B)                     # (B,)
+            token = policy.head(state).argmax(-1)                                       # (R,)
         else:
-            all_logprobs = (logits / temperature).log_softmax(dim=-1)                   # (B, V)
-            token = inverse_cdf(all_logprobs.exp(), uniforms[:, t])                     # (B,)
-            logprob = all_logprobs.gather(1, token[:, None]).squeeze(1)                 # (B,)
-        completion_ids[:, t] = token.where(running, PAD)
-        logprobs[:, t] = logprob * running
-        mask[:, t] = running
-        running = running & (token != END)
-        if t + 1 == N or not running.any():
+            probs = policy.head(state / temperature).softmax(dim=-1)                    # (R, V)
+            token = inverse_cdf(probs, uniforms[rows, t])                               # (R,)
+            logprobs[rows, t] = probs.gather(1, token[:, None]).squeeze(1).log() * on
+        completion_ids[rows, t] = token.where(on, PAD)
+        mask[rows, t] = on
+        finished[rows] = ~on | (token == END)
+        left = (~finished[rows]).nonzero().squeeze(1)
+        if t + 1 == N or len(left) == 0:
             break
-        step_caches = [(k, v, t) for k, v in caches]
-        states, _ = policy.run(completion_ids[:, t:t + 1], (position + t)[:, None], memory, step_caches)
-        state = states[:, 0]                                                            # (B, D)
+        if len(left) <= len(rows) / 2:        # go on without the finished rows; each of the others with its own prompt
+            G = len(rows) // len(memory[0][0])
+            memory = [[x[left // G] for x in layer] for layer in memory]
+            caches = [[x.transpose(1, 2).flatten(0, 1)[left][:, :, None] for x in layer] for layer in caches]
+            rows, position, token = rows[left], position[left], token[left]
+        states, _ = policy.run(token[:, None], (position + t)[:, None], memory, [(k, v, t) for k, v in caches])
+        state = states[:, 0]                                                            # (R, D)
     used = int(mask.any(0).sum())                                                       # drop columns nobody reached
-    return Rollout(completion_ids[:, :used], mask[:, :used], logprobs[:, :used], ~running)
+    return Rollout(completion_ids[:, :used], mask[:, :used], logprobs[:, :used], finished)
 
 
 def inverse_cdf(probs, uniforms):
     """Per row, the first index whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,)."""
     cdf = probs.cumsum(-1)
-    return (cdf <= uniforms[:, None] * cdf[:, -1:]).sum(-1).clamp(max=probs.shape[-1] - 1)
+    below = torch.nextafter(cdf[:, -1:], cdf[:, -1:] * 0)      # rounding must not take what has a probability of 0
+    return torch.searchsorted(cdf, torch.minimum(uniforms[:, None] * cdf[:, -1:], below), right=True).squeeze(-1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from grpo_min.config import option, parse, pick_device, require_positive, run_command
 from grpo_min.ranks import mean
-from grpo_min.rollout import Prompts, pad_completions, require_fit
+from grpo_min.rollout import pad, require_fit
 from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
 from grpo_min.tokenizer import encode_completion, encode_prompt
 
@@ -41,11 +41,15 @@ def train(config):
 
     def loss_at(step):
         batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
-        prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
-        completion_ids, mask = pad_completions([row["response"] for row in batch], device)    # (batch, N) each
-        states = model.states(prompts, completion_ids, mask)[:, :-1][mask]       # (n, D), of the n real tokens
+        prompts = [encode_prompt(row["prompt"]) for row in batch]
+        ids, length = pad([prompt + encode_completion(row["response"]) for prompt, row in zip(prompts, batch)], device)
+        start = torch.tensor([len(prompt) for prompt in prompts], device=device)                  # (batch,)
+        column = torch.arange(ids.shape[1] - 1, device=device)                                    # (T,)
+        real = column < length[:, None] - 1                                                       # (batch, T)
+        response = real & (column >= start[:, None] - 1)        # column t is about token t + 1: of the response alone
+        states = model.run(ids[:, :-1], column, mask=real)[0][response]                           # (n, D)
         weight = len(states) / mean(torch.tensor(float(len(states)), device=device))  # 1, unless there are other ranks
-        return F.cross_entropy(model.head(states), completion_ids[mask]) * weight, {}
+        return F.cross_entropy(model.head(states), ids[:, 1:][response]) * weight, {}
 
     return model, fit(config, model, [config.base, config.demonstrations], loss_at)
 

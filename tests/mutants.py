@@ -54,20 +54,20 @@ class Mutant:
 
 
 MUTANTS = [Mutant(*row) for row in [
-    (1, "rollout", "mask[:, t] = running", "mask[:, t] = running & (token != END)",
+    (1, "rollout", "mask[rows, t] = on", "mask[rows, t] = on & (token != END)",
      "rollout::mask_ends_with_end"),
     (1, "rollout", "ids, length = pad([encode_completion(text, end) for text, end in zip(texts, finished)], device)",
      "ids, length = pad([encode_completion(text, False) for text, end in zip(texts, finished)], device)",
      "rollout::completions_are_padded_after_end"),
-    (1, "sft", "return F.cross_entropy(model.head(states), completion_ids[mask]) * weight, {}",
-     "return F.cross_entropy(model.head(states), completion_ids[mask], ignore_index=1) * weight, {}",
+    (1, "sft", "return F.cross_entropy(model.head(states), ids[:, 1:][response]) * weight, {}",
+     "return F.cross_entropy(model.head(states), ids[:, 1:][response], ignore_index=1) * weight, {}",
      "stages::sft_loss_by_hand"),
 
     (2, "grpo", "return -(surrogate * mask).sum(dim=1).mean()", "return -surrogate.sum(dim=1).mean()",
      "algorithms::tokens_after_the_end_have_no_effect"),
     (2, "rollout", "return self.mask.sum(1)", "return (self.completion_ids != PAD).sum(1)",
      "rollout::mask_ends_with_end"),
-    (2, "metrics", "tokens = mask.sum()", "tokens = torch.tensor(mask.numel())",
+    (2, "metrics", "tokens = mask.sum().clamp(min=1)", "tokens = torch.tensor(mask.numel())",
      "metrics::update_metrics_by_hand"),
     (2, "metrics", "clip_low=((ratio < 1 - clip_eps) & mask).sum().item() / tokens.item(),",
      "clip_low=(ratio < 1 - clip_eps).sum().item() / tokens.item(),",
@@ -94,19 +94,18 @@ MUTANTS = [Mutant(*row) for row in [
     (4, "ppo", "values = critic(*part)[:, :-1]", "values = critic(*part)[:, 1:]",
      "invariances::gradient_is_that_of_the_rows_one_by_one[ppo]"),
 
-    (5, "rollout", "all_logprobs = (logits / temperature).log_softmax(dim=-1)",
-     "all_logprobs = logits.log_softmax(dim=-1)",
+    (5, "rollout", "probs = policy.head(state / temperature).softmax(dim=-1)",
+     "probs = policy.head(state).softmax(dim=-1)",
      "rollout::frequencies_match_the_policy[0.7]"),
-    (5, "rollout", "all_logprobs = (policy.head(states) / temperature).log_softmax(dim=-1)",
+    (5, "rollout", "all_logprobs = policy.head(states / temperature).log_softmax(dim=-1)",
      "all_logprobs = policy.head(states).log_softmax(dim=-1)",
      "rollout::logprobs_are_those_of_training[1.3]"),
     (5, "rollout", "parts = [token_logprobs(policy, *part, temperature)[0] for part, _ in split(prompts, rollout, "
      "minibatches)]",
      "parts = [token_logprobs(policy, *part, 1.0)[0] for part, _ in split(prompts, rollout, minibatches)]",
      "loops::reference_does_not_move[loss-1-grpo]"),
-    (5, "rollout", "token = inverse_cdf(all_logprobs.exp(), uniforms[:, t])",
-     "token = inverse_cdf((all_logprobs - 1e9 * (all_logprobs < all_logprobs.topk(5)[0][:, -1:])).exp(), "
-     "uniforms[:, t])",
+    (5, "rollout", "token = inverse_cdf(probs, uniforms[rows, t])",
+     "token = inverse_cdf(probs * (probs >= probs.topk(5)[0][:, -1:]), uniforms[rows, t])",
      "rollout::frequencies_match_the_policy[1.0]"),
 
     (6, "grpo", "rewards, texts = score(reward, batch, rollout, config.group_size)",
@@ -125,6 +124,9 @@ MUTANTS = [Mutant(*row) for row in [
      "algorithms::groups_are_not_mixed"),
     (7, "rollout", "state = last.repeat_interleave(group_size, dim=0)", "state = last.repeat(group_size, 1)",
      "rollout::rows_of_a_group_follow_each_other"),
+    (7, "rollout", "memory = [[x[left // G] for x in layer] for layer in memory]",
+     "memory = [[x[left % len(x)] for x in layer] for layer in memory]",
+     "rollout::rows_that_ended_are_left_behind"),
     (7, "rewards", "repeated = [row for row in batch for _ in range(group_size)]",
      "repeated = [row for _ in range(group_size) for row in batch]",
      "rewards::columns_are_repeated_for_each_group"),
@@ -222,14 +224,16 @@ MUTANTS = [Mutant(*row) for row in [
      'return (re.findall(r"\\d+", answer) or [None])[-1]',
      "rewards::truth_table"),
 
+    (20, "grpo", "trained = rollout if config.beta > 0 else replace(rollout, mask=rollout.mask & (advantages != 0))",
+     "trained = replace(rollout, mask=rollout.mask & (advantages != 0))",
+     "loops::with_a_penalty_groups_of_equals_are_trained_too"),
     (20, "grpo", 'if config.beta > 0 and config.kl_in == "loss":', "if config.beta > 0:",
      "loops::kl_in_the_reward_is_charged_once[1-grpo]"),
     (20, "ppo", 'if config.beta > 0 and config.kl_in == "reward":', "if config.beta > 0:",
      "loops::kl_in_the_loss_is_charged_once[2-ppo]"),
 
-    (21, "model", "to_prompt = (shared_q @ prompt_k.transpose(2, 3)).masked_fill(~prompt_mask[:, None, None], "
-     "-math.inf)",
-     "to_prompt = shared_q @ prompt_k.transpose(2, 3)",
+    (21, "model", "hidden = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -math.inf)",
+     "hidden = torch.zeros(mask.shape, device=mask.device)",
      "model::two_parts_equal_one_sequence"),
     (21, "model", "positions = prompts.length.repeat_interleave(G)[:, None] + torch.arange(N, device=last.device)",
      "positions = prompts.ids.shape[1] + torch.arange(N, device=last.device).expand(completion_ids.shape)",
@@ -248,8 +252,8 @@ MUTANTS = [Mutant(*row) for row in [
      "return self(prompts, completion_ids, mask).gather(1, mask.sum(1, keepdim=True) - 1).squeeze(1)",
      "model::last_reads_the_last_real_token"),
     (22, "rewards", "ids, length = pad([(encode_prompt(p) + encode_completion(c, end))[:context] for p, c, end in "
-     "rows], device)",
-     "ids, length = pad([(encode_prompt(p) + encode_completion(c, False))[:context] for p, c, end in rows], device)",
+     "part], device)",
+     "ids, length = pad([(encode_prompt(p) + encode_completion(c, False))[:context] for p, c, end in part], device)",
      "rewards::learned_reward_reads_the_text_and_end[256]"),
 ]]
 

@@ -135,6 +135,11 @@ EXPLAINED = {       # what remains: the shape of rewards and advantages, the cri
     "with Run(config, inputs, parts) as run:",
     "# --- 5. the advantage is what a completion has above it ---", "if config.scale_advantages:",
     "advantages = advantages[:, None].expand_as(rollout.mask) # (B, N)",
+    # GRPO's advantages can be exactly 0, PPO's are not
+    "trained = rollout if config.beta > 0 else replace(rollout, mask=rollout.mask & (advantages != 0))",
+    "for part, b in split(prompts, trained, config.minibatches): # b: the rows of the part",
+    "for part, b in split(prompts, rollout, config.minibatches): # b: the rows of the part",
+    "from dataclasses import dataclass, replace", "from dataclasses import dataclass",
 }
 OWN = ["group_advantages", "gae", "at_last_token", "whiten", "value_loss", "explained_variance", "start_critic"]
 

@@ -186,6 +186,38 @@ def test_without_beta_there_is_no_reference_and_no_kl(loop, tmp_path):
     assert abs(rows[0]["kl"]) < 1e-5 and rows[2]["kl"] > 1e-5
 
 
+@pytest.mark.parametrize("more", [dict(), dict(minibatches=2, epochs=2)], ids=["one update", "four updates"])
+def test_groups_of_equals_cost_no_update_and_change_none(more, tmp_path, watch, monkeypatch):
+    """Without a KL penalty their tokens are not computed; computing them (replace left out) gives the same policy."""
+    def reward(prompts, completions, **columns):
+        return [len(text) * (prompt not in tiny.PROMPTS[3:]) for prompt, text in zip(prompts, completions)]
+    config = settings(grpo, tmp_path, steps=2, prompts_per_step=12, group_size=3, beta=0.0, **more)
+    calls, rollouts = watch(grpo, "token_logprobs"), watch(grpo, "sample")
+    policy, rows = grpo.train(config, reward=reward)
+    computed = sum(mask.sum() for (_, _, _, mask, _), _ in calls)
+    sampled = sum(rollout.mask.sum() for _, rollout in rollouts)
+    assert 0 < computed < 0.5 * more.get("epochs", 1) * sampled
+    monkeypatch.setattr(grpo, "replace", lambda rollout, mask: rollout)
+    whole, whole_rows = grpo.train(config, reward=reward)
+    for a, b in zip(policy.parameters(), whole.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    for name in "loss", "grad_norm", "gap":
+        assert [row[name] for row in rows] == pytest.approx([row[name] for row in whole_rows], abs=1e-5), name
+
+
+def test_with_a_penalty_groups_of_equals_are_trained_too(tmp_path, watch):
+    calls, rollouts = watch(grpo, "token_logprobs"), watch(grpo, "sample")
+    grpo.train(settings(grpo, tmp_path, steps=1, beta=0.1), reward=constant)
+    assert torch.equal(calls[0][0][3], rollouts[0][1].mask)
+
+
+def test_a_batch_of_equals_changes_nothing_and_is_reported(tmp_path):
+    config = settings(grpo, tmp_path, steps=1, beta=0.0)
+    before = state(load_model(config.sft, "GPT"))
+    policy, (row,) = grpo.train(config, reward=constant)
+    assert tiny.same(before, state(policy)) and row["grad_norm"] == row["loss"] == row["entropy"] == 0
+
+
 def charged_once(loop, tmp_path, where, minibatches=1):
     """One step with a KL of 0.5 per token, beta 0.1 -> calls of kl, what was charged, policy losses, row, mask."""
     calls, losses, charged, masks = [], [], [], []

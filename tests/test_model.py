@@ -153,7 +153,8 @@ def test_cached_decoding_equals_the_full_forward(gpt, prompts, completions):
     last, memory = gpt.read(prompts)
     state, position = last.repeat_interleave(G, dim=0), prompts.length.repeat_interleave(G)
     E = gpt.config.width // gpt.config.heads
-    caches = [tuple(torch.full((len(completions), gpt.config.heads, N, E), float("nan")) for _ in "kv") for _ in memory]
+    shape = len(completions) // G, gpt.config.heads, G, N, E
+    caches = [tuple(torch.full(shape, float("nan")) for _ in "kv") for _ in memory]
     for t in range(N):
         close(state, expected[:, t])
         states, _ = gpt.run(completions[:, t:t + 1], (position + t)[:, None], memory, [(k, v, t) for k, v in caches])

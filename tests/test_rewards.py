@@ -168,6 +168,15 @@ def test_learned_reward_reads_the_text_and_end(reward_model, batch_size):
     assert all(type(score) is float for score in scores)
 
 
+def test_learned_reward_reads_an_answer_that_is_given_twice_once(reward_model, watch):
+    read = watch(reward_model, "last_of")
+    prompts, completions = [ASKED[0], ASKED[1], ASKED[0], ASKED[0]], [SAID[0], SAID[0], SAID[0], SAID[1]]
+    scores = learned(reward_model)(prompts, completions)
+    assert [len(texts.ids) for (texts,), _ in read] == [3]
+    assert scores[0] == scores[2] and scores == pytest.approx(
+        [by_hand(reward_model, *row, True) for row in zip(prompts, completions)], abs=1e-4)
+
+
 def test_learned_reward_depends_on_finished(reward_model):
     reward = learned(reward_model)
     ended, cut = reward(ASKED, SAID), reward(ASKED, SAID, finished=[True, False, True, False])

@@ -86,6 +86,8 @@ def test_inverse_cdf_by_hand():
     probs = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).expand(6, 4)
     uniforms = torch.tensor([0.0, 0.24, 0.25, 0.74, 0.75, 1 - 2 ** -24])
     assert inverse_cdf(probs, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
+    sharp = torch.tensor([[0.0, 1.0, 0.0]])                # the largest uniform number, and what rounding could make of it
+    assert inverse_cdf(sharp, torch.tensor([1 - 2 ** -24])).tolist() == inverse_cdf(sharp, torch.ones(1)).tolist() == [1]
 
 
 def test_temperature_0_is_greedy(small, small_prompts):
@@ -154,6 +156,24 @@ def test_a_row_does_not_depend_on_the_others(small, small_prompts):
     N = min(whole.mask.shape[1], beside.mask.shape[1])
     assert torch.equal(whole.completion_ids[8:, :N], beside.completion_ids[8:, :N])
     assert not whole.mask[8:, N:].any() and not beside.mask[8:, N:].any()
+
+
+def test_rows_that_ended_are_left_behind(small, small_prompts, monkeypatch):
+    """Never are as many rows decoded as twice those that still run, and what the others sample does not change."""
+    decoded, run = [], small.run
+
+    def watched(ids, *rest, **more):
+        if ids.shape[1] == 1:
+            decoded.append(len(ids))
+        return run(ids, *rest, **more)
+    monkeypatch.setattr(small, "run", watched)
+    rollout = draw(small, small_prompts, 40, 24)
+    running = rollout.mask[:, 1:].sum(0).tolist()                       # after the first token, the second, ...
+    assert decoded[0] == 120 and len(set(decoded)) > 2, "rows are left behind more than once"
+    assert all(left <= rows < 2 * left for rows, left in zip(decoded, running))
+    monkeypatch.undo()
+    again, _ = token_logprobs(small, small_prompts, rollout.completion_ids, rollout.mask)
+    assert torch.allclose(again, rollout.logprobs, atol=1e-5)
 
 
 def test_rows_of_a_group_follow_each_other(make, small_prompts):
