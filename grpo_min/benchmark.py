@@ -3,8 +3,9 @@
 Steps of GRPO and PPO on a model with random weights that never ends a completion, so that every completion has the same
 length and the work is known. All settings take turns, so that a slow minute of the machine hits them alike, and the
 median over all steps but the first of each turn is reported. Memory is that of a process of its own that takes one
-turn. The limit is what the matrix products of a phase would take at the best rate that this machine reached on products
-of 2048 x 2048 matrices; attention is not counted.
+turn. A phase is held against its matrix products, counted from the shapes: against what the same products take with
+nothing else between them, measured in the same turn, and against a limit, what they would take at the best rate that
+this machine reaches on large matrices or, where that is longer, reading and writing memory once.
 
 --against trl does TRL's GRPO on the same work in the same run, where TRL is installed (it is not required): a model of
 the same shape and vocabulary, prompts of as many tokens, completions of as many tokens.
@@ -71,57 +72,111 @@ def steps_of(loop, config, layers, width, prompts, group_size, new):
 
 
 def products(layers, width, prompts, group_size, new, prompt_length):
-    """Floating-point operations of the matrix products of a phase: 2 for each weight and token, 3 times that with the
-    gradient. The prompt is run once per prompt, and the last sampled token is not read again."""
-    weights, head = 12 * layers * width ** 2, width * VOCAB_SIZE
-    prompt, rows = prompts * prompt_length, prompts * group_size
-    sample = 2 * (prompt + rows * (new - 1)) * weights + 2 * rows * new * head
-    forward = 2 * (prompt + rows * new) * weights + 2 * rows * new * head
-    return dict(sample=sample, score=forward, update=3 * forward, critic=4 * 2 * (prompt + rows * new) * weights)
+    """The matrix products of each phase -> {phase: [(times, batch, m, k, n)]}: so many times `batch` products of m x k
+    by k x n. The prompt is run once per prompt, and the last sampled token is not read again. With the gradient there
+    are two more of each."""
+    heads, rows, head_width = width // 32, prompts * group_size, 32
+
+    def linear(tokens, times=1):
+        return [(layers * times, 1, tokens, k * width, n * width) for k, n in ((1, 3), (1, 1), (1, 4), (4, 1))]
+
+    def attention(batch, queries, keys, times=1):
+        return [(layers * times, batch, queries, head_width, keys), (layers * times, batch, queries, keys, head_width)]
+
+    def head(times, tokens):
+        return [(times, 1, tokens, width, VOCAB_SIZE)]
+
+    prompt = linear(prompts * prompt_length) + attention(prompts * heads, prompt_length, prompt_length)
+    sample = prompt + head(new, rows) + linear(rows, new - 1)
+    sample += attention(prompts * heads, group_size, prompt_length, new - 1)
+    sample += [product for t in range(1, new) for product in attention(rows * heads, 1, t)]
+    trunk = prompt + linear(rows * new) + attention(prompts * heads, group_size * new, prompt_length)
+    trunk += attention(rows * heads, new, new)
+    score = trunk + head(1, rows * new)
+
+    def with_gradient(products):
+        return [one for times, batch, m, k, n in products
+                for one in ((times, batch, m, k, n), (times, batch, m, n, k), (times, batch, k, m, n))]
+
+    return dict(sample=sample, score=score, update=with_gradient(score), critic=trunk + with_gradient(trunk))
 
 
-def matrix_rate(device, size=2048):
-    """Floating-point operations per second of a product of two square matrices, the best of ten."""
-    a, seconds = torch.randn(size, size, device=device), []
-    for _ in range(10):
-        start = time.perf_counter()
-        (a @ a).sum().item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size ** 3 / min(seconds)
+def operations(products):
+    """Floating-point operations: 2 for each multiplication."""
+    return sum(2 * times * batch * m * k * n for times, batch, m, k, n in products)
+
+
+def least_seconds(products, rate, bandwidth):
+    """What the products take where each is bound by this machine's best rate, or by reading and writing memory once."""
+    return sum(times * max(2 * batch * m * k * n / rate, 4 * batch * (m * k + k * n + m * n) / bandwidth)
+               for times, batch, m, k, n in products)
+
+
+def seconds_alone(products, device):
+    """What the products take, each in its own shape and with nothing between them: medians of five."""
+    total = 0.0
+    for times, batch, m, k, n in products:
+        a, b = torch.randn(batch, m, k, device=device).squeeze(0), torch.randn(batch, k, n, device=device).squeeze(0)
+        total += times * float(np.median([seconds_of(lambda: a @ b, device) for _ in range(5)]))
+    return total
+
+
+def seconds_of(work, device):
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def rates(device, size=2048, floats=2**26):
+    """Operations per second of a product of two square matrices and bytes per second of a copy, the best of ten."""
+    a, large = torch.randn(size, size, device=device), torch.ones(floats, device=device)
+    other = torch.empty_like(large)
+    return (2 * size ** 3 / min(seconds_of(lambda: a @ a, device) for _ in range(10)),
+            2 * 4 * floats / min(seconds_of(lambda: other.copy_(large), device) for _ in range(10)))
 
 
 def measure(config):
-    """Let all settings take turns -> their records, and the rates of the matrix products at each turn."""
+    """Let all settings take turns -> their records, and the best rate and bandwidth of each turn."""
     work = [("GRPO", BASE), ("PPO", BASE)]
     work += [("GRPO", dict(BASE, **{name: value})) for name, values in GROWTH.values() for value in values
              if value != BASE[name] and not config.quick]
     if config.against:
         work += [("GRPO", SMALL_GPT2), ("TRL GRPO", SMALL_GPT2), ("TRL GRPO", BASE)]
     turns = [turn_of(name, config, of) for name, of in work]
-    records, rates = [], []
+    device, prompt_length = pick_device(config.device), round(mean_prompt_length())
+    records, best = [], []
     for number, (name, of) in enumerate(work, start=1):
         print(f"memory of setting {number} of {len(work)}", flush=True)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            records.append(dict(name=name, work=of, rows=[],
+            records.append(dict(name=name, work=of, rows=[], alone=[],
                                 peak_memory_mb=process.submit(peak_memory, name, config, of).result()))
     start = time.perf_counter()
     for turn in range(config.rounds):
         left = (time.perf_counter() - start) / turn * (config.rounds - turn) if turn else 0
         print(f"turn {turn + 1} of {config.rounds}" + (f", {left:.0f} s left" if turn else ""), flush=True)
-        rates.append(matrix_rate(pick_device(config.device)))
+        best.append(rates(device))
         for record, take in zip(records, turns):
             record["rows"] += take()
+            record["alone"].append({phase: seconds_alone(of_phase, device) for phase, of_phase in
+                                    products(**record["work"], prompt_length=prompt_length).items()})
+    rate, bandwidth = map(max, zip(*best))
     for record in records:
-        of, rows = record["work"], record.pop("rows")
+        of, rows, alone = record["work"], record.pop("rows"), record.pop("alone")
         record["seconds"] = {phase: float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
                              for phase in PHASES}
         totals = [sum(row.get(f"seconds_{phase}", 0.0) for phase in PHASES) for row in rows]
         record["step"] = [float(np.median(totals)), min(totals), max(totals)]
-        limit = products(**of, prompt_length=mean_prompt_length())
-        record["share_of_limit"] = {phase: limit[phase] / max(rates) / seconds for phase, seconds
-                                    in record["seconds"].items() if seconds and not record["name"].startswith("TRL")}
+        ours = {phase: seconds for phase, seconds in record["seconds"].items()
+                if seconds and not record["name"].startswith("TRL")}
+        counted = products(**of, prompt_length=prompt_length)
+        record["share_of_products"] = {phase: float(np.median([turn[phase] for turn in alone])) / seconds
+                                       for phase, seconds in ours.items()}
+        record["share_of_limit"] = {phase: least_seconds(counted[phase], rate, bandwidth) / seconds
+                                    for phase, seconds in ours.items()}
         record["tokens_per_second"] = of["prompts"] * of["group_size"] * of["new"] / record["step"][0]
-    return records, rates
+    return records, best
 
 
 def turn_of(name, config, of):
@@ -197,18 +252,20 @@ def trl_steps(config, of):
     return steps
 
 
-def tables(records, rates, device):
+def tables(records, best, device):
     """The records as Markdown."""
     lines = table_row(["", "layers x width", "prompts x completions x tokens", *(f"{phase} (s)" for phase in PHASES),
-                       "step (s)", "tokens/s", "share of limit: sample", "update", "peak memory (MB)"])
-    lines += table_row(["---"] * 12)
+                       "step (s)", "tokens/s", "products alone: sample", "update", "limit: sample", "update",
+                       "peak memory (MB)"])
+    lines += table_row(["---"] * 14)
     for record in records:
-        of, share = record["work"], record["share_of_limit"]
+        of = record["work"]
         phases = ["-"] * 4 if record["name"].startswith("TRL") else [f"{record['seconds'][p]:.3f}" for p in PHASES]
         lines += table_row([record["name"], f"{of['layers']} x {of['width']}",
                             f"{of['prompts']} x {of['group_size']} x {of['new']}", *phases,
                             "{:.3f} ({:.3f} to {:.3f})".format(*record["step"]), f"{record['tokens_per_second']:.0f}",
-                            *(f"{share[p]:.0%}" if p in share else "-" for p in ("sample", "update")),
+                            *(f"{record[share][p]:.0%}" if p in record[share] else "-" for share in
+                              ("share_of_products", "share_of_limit") for p in ("sample", "update")),
                             f"{record['peak_memory_mb']:.0f}"])
     trl = ""
     for record in records:
@@ -218,8 +275,12 @@ def tables(records, rates, device):
             lines += ["", "A step of TRL's GRPO on {prompts} x {group_size} completions of {new} tokens by a model of "
                       "{layers} x {width} ".format(**record["work"]) +
                       f"takes {record['step'][0] / ours['step'][0]:.2f} times as long as one of ours."]
-    lines += ["", f"Median (lowest to highest). Matrix products {min(rates) / 1e9:.0f} to {max(rates) / 1e9:.0f} "
-              f"Gflop/s, {torch.get_num_threads()} threads; {machine(device)}{trl}, {date.today()}.", ""]
+    rate, bandwidth = zip(*best)
+    lines += ["", "Median (lowest to highest). Products alone: the share of a phase that its matrix products take when "
+              "nothing else is done. Limit: the share that they would take at the best rate and bandwidth seen here, "
+              f"{max(rate) / 1e9:.0f} Gflop/s and {max(bandwidth) / 1e9:.0f} GB/s (lowest of the turns "
+              f"{min(rate) / 1e9:.0f} and {min(bandwidth) / 1e9:.0f}). {torch.get_num_threads()} threads; "
+              f"{machine(device)}{trl}, {date.today()}.", ""]
     return "\n".join(lines)
 
 
@@ -247,9 +308,9 @@ def main(argv=None):
     require(config.steps >= 2, "--steps must be at least 2, since the first is not counted")
     device, out = pick_device(config.device), Path(config.out)
     make_folder(out)
-    records, rates = measure(config)
-    text = tables(records, rates, device)
-    save_file(out / "benchmark.json", json.dumps(dict(records=records, rates=rates), indent=1).encode())
+    records, best = measure(config)
+    text = tables(records, best, device)
+    save_file(out / "benchmark.json", json.dumps(dict(records=records, rates=best), indent=1).encode())
     save_file(out / "benchmark.md", text.encode())
     plot(records, out / "benchmark.png")
     print(text)

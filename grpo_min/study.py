@@ -4,25 +4,34 @@ tuning: what learning rate and critic suit each algorithm. Every setting is one 
 arithmetic task from the same SFT weights, judged on the validation prompts, which nothing else uses. Runs that are
 there with the same settings are used again. Writes tutorials/results/tuning.csv and tuning.md.
 
+threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
+processes as there are cores. Writes tutorials/results/threads.md.
+
 publish: copies what `python -m grpo_min`, and then perhaps `python -m grpo_min.compare --run runs/main/compare` with
-more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README.
+more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README. If the
+job was done once more, into runs/again, its seconds and what it reached are published, too.
 """
 import json
+import multiprocessing
+import os
 import re
 import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min import grpo, ppo
-from grpo_min.compare import train_or_reuse
+from grpo_min import grpo, runs, sft
+from grpo_min.compare import ALGORITHMS, beside_each_other, train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.pretrain import pack, read_documents
-from grpo_min.report import spread, table_row
+from grpo_min.report import machine, spread, table_row
 from grpo_min.reward_model import judge
 from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
 
@@ -49,24 +58,12 @@ class StudyConfig:
 
 def tuning(config):
     """Every setting of GRPO and PPO: validation accuracy, KL, explained variance along the run, seconds."""
-    rows = []
-    for name, train, config_class, all_settings in [("GRPO", grpo.train, grpo.GRPOConfig, GRPO_SETTINGS),
-                                                    ("PPO", ppo.train, ppo.PPOConfig, PPO_SETTINGS)]:
-        for changes in all_settings[:2] if config.quick else all_settings:
-            text = ", ".join(f"{key} {value}" for key, value in changes.items()) or "defaults"
-            for seed in range(1, config.seeds + 1):
-                print(f"\n{name}: {text}, seed {seed}")
-                folder = Path(config.run) / f"{name}-{text}-{seed}".replace(", ", "-").replace(" ", "-").lower()
-                settings = config_class(run=str(folder), sft=config.sft, seed=seed, device=config.device, **changes,
-                                        **(dict(steps=config.steps) if config.steps else {}))
-                policy, metrics = train_or_reuse(train, settings)
-                figures = evaluate(policy, "arithmetic", held_out("arithmetic", "val", config.eval_prompts))
-                rows.append(dict(algorithm=name, settings=text, seed=seed, accuracy=figures["accuracy"][0],
-                                 thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
-                                 explained_variance_start=first_of(metrics, "explained_variance"),
-                                 explained_variance_best=best_of(metrics, "explained_variance"),
-                                 explained_variance_end=last_of(metrics, "explained_variance"),
-                                 seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds"))))
+    with beside_each_other(pick_device(config.device)) as begin:
+        rows = [begin(one_setting, config, name, changes, seed)
+                for name, all_settings in [("GRPO", GRPO_SETTINGS), ("PPO", PPO_SETTINGS)]
+                for changes in (all_settings[:2] if config.quick else all_settings)
+                for seed in range(1, config.seeds + 1)]
+        rows = [row.result() for row in rows]
     out = Path(config.out)
     make_folder(out)
     write_csv(out / "tuning.csv", rows)
@@ -79,6 +76,23 @@ def tuning(config):
         lines += table_row([*key, *(spread([row[name] for row in chosen], form) for name, form in forms)])
     save_file(out / "tuning.md", "\n".join(lines + [""]).encode())
     print("\n" + "\n".join(lines))
+
+
+def one_setting(config, name, changes, seed):
+    """Train with these settings and look at the validation prompts -> a row of the table."""
+    train, config_class, _ = ALGORITHMS[name]
+    text = ", ".join(f"{key} {value}" for key, value in changes.items()) or "defaults"
+    folder = Path(config.run) / f"{name}-{text}-{seed}".replace(", ", "-").replace(" ", "-").lower()
+    settings = config_class(run=str(folder), sft=config.sft, seed=seed, device=config.device, **changes,
+                            **(dict(steps=config.steps) if config.steps else {}))
+    policy, metrics = train_or_reuse(train, settings)
+    figures = evaluate(policy, "arithmetic", held_out("arithmetic", "val", config.eval_prompts))
+    return dict(algorithm=name, settings=text, seed=seed, accuracy=figures["accuracy"][0],
+                thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
+                explained_variance_start=first_of(metrics, "explained_variance"),
+                explained_variance_best=best_of(metrics, "explained_variance"),
+                explained_variance_end=last_of(metrics, "explained_variance"),
+                seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
 
 
 def windows(metrics, name, length=10):
@@ -100,6 +114,52 @@ def best_of(metrics, name):
     return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
 
 
+def threads(config):
+    """Steps of fine-tuning per second, by threads and by what else runs."""
+    cores, rows = os.cpu_count(), []
+    for name, environment, watches in [(f"{cores} threads, spinning", {}, False),
+                                       (f"{cores} threads, sleeping", dict(OMP_WAIT_POLICY="PASSIVE"), False),
+                                       ("1 thread", dict(OMP_NUM_THREADS="1"), False),
+                                       (f"{cores} threads, spinning, until the run notices others", {}, True)]:
+        found = []
+        for others in 0, cores:
+            print(f"{name}, beside {others} busy processes", flush=True)
+            busy = [multiprocessing.get_context("spawn").Process(target=keep_busy, daemon=True) for _ in range(others)]
+            for process in busy:
+                process.start()
+            os.environ.update(environment)                                    # what a new process starts with
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+                found.append(process.submit(steps_per_second, 30 if config.quick else 150, watches).result())
+            for name_of in environment:
+                del os.environ[name_of]
+            for process in busy:
+                process.kill()
+        rows.append([name, *(f"{rate:.0f}" for rate in found)])
+    lines = table_row(["", "alone", f"beside {cores} busy processes"]) + table_row(["---"] * 3)
+    lines += [line for row in rows for line in table_row(row)]
+    lines += ["", f"Steps of fine-tuning per second, one run each; {machine(torch.device('cpu'))}, {date.today()}."]
+    make_folder(Path(config.out))
+    save_file(Path(config.out) / "threads.md", ("\n".join(lines) + "\n").encode())
+    print("\n".join(lines))
+
+
+def keep_busy():
+    torch.set_num_threads(1)
+    a = torch.randn(500, 500)
+    while True:
+        a @ a
+
+
+def steps_per_second(steps, watches):
+    """Fine-tune, the first third of the steps not counted. watches: as always, else the number of threads is fixed."""
+    if not watches:
+        runs.Run.share_cores = lambda self: None
+    times = []
+    runs.Run.show = lambda *_: times.append(time.perf_counter())
+    sft.train(sft.SFTConfig(run="", steps=steps, device="cpu"))
+    return (len(times) - 1 - steps // 3) / (times[-1] - times[steps // 3])
+
+
 def publish(config):
     """Copy the results of the main job and of the comparison to where they are committed, and update the README."""
     main_run = Path("runs/main")
@@ -110,9 +170,14 @@ def publish(config):
         if path.exists():
             save_file(DATA / "checkpoints" / f"{name}.pt", serialise(**weights(load_model(path, kind))))
     save_file(DATA / "checkpoints" / "scores.json", json.dumps(scores(), indent=1).encode())
-    sources = [main_run / "pipeline.md", main_run / "before_after.md", main_run / "reward_model/reward_model.md",
-               main_run / "reward_model/calibration.png", *sorted((main_run / "compare").glob("comparison-*")),
-               *sorted(Path("runs/benchmark").glob("benchmark.*"))]
+    again = Path("runs/again")
+    if again.exists():
+        reached = [path.read_text(encoding="utf-8").split("\n\n")[:2]                 # the heading and the first table
+                   for path in sorted((again / "compare").glob("comparison-*.md"))]
+        save_file(RESULTS / "again.md", "\n\n".join(sum(reached, [])).encode() + b"\n")
+    sources = [(again if again.exists() else main_run) / "pipeline.md", main_run / "before_after.md",
+               main_run / "reward_model/reward_model.md", main_run / "reward_model/calibration.png",
+               *sorted((main_run / "compare").glob("comparison-*")), *sorted(Path("runs/benchmark").glob("benchmark.*"))]
     for path in sources:
         if path.exists():
             save_file(RESULTS / path.name, path.read_bytes())
@@ -145,7 +210,7 @@ def fill_in(text):
                   lambda match: f"[banner {match[1]}](grpo_min/grpo.py#L{lines[match[1]]})", text)
 
 
-STUDIES = {"tuning": tuning, "publish": publish}
+STUDIES = {"tuning": tuning, "threads": threads, "publish": publish}
 
 
 def main(argv=None):
