@@ -1,7 +1,8 @@
 """The main job: python -m grpo_min
 
-Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. A stage whose
-result with the same settings is in the folder already is not run again; an unfinished one is continued.
+Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and their comparison. What need not wait
+runs side by side, one process to a core. A stage whose result with the same settings is in the folder already is not
+run again; an unfinished one is continued.
 """
 import time
 from dataclasses import dataclass
@@ -56,17 +57,23 @@ def main(argv=None):
     show_answers(sft_model, QUESTIONS[1:3])
     stage_done("supervised fine-tuning")
 
-    title("3. the reward model, from preferences")
-    model, _ = train_or_reuse(reward_model.train, settings(reward_model.RewardModelConfig, "reward_model",
-                                                           sft=sft_file, seed=config.seed))
-    reward_model.report(model, reward_model.RewardModelConfig().heldout, folder / "reward_model")
-    show_answers(sft_model, QUESTIONS[2:], learned(model))
-    stage_done("reward model")
+    with compare.beside_each_other(device) as begin:
+        title("3. the reward model, from preferences; beside it 4. GRPO and PPO on arithmetic")
+        more = dict(sft=sft_file, reward_model=reward_file, seeds=1, algorithms="GRPO,PPO")
+        arithmetic = settings(compare.CompareConfig, "compare", rewards="correct", **more)
+        animals = settings(compare.CompareConfig, "compare", rewards="learned", **more)
+        model = begin(train_or_reuse, reward_model.train, settings(reward_model.RewardModelConfig, "reward_model",
+                                                                   sft=sft_file, seed=config.seed))
+        runs = compare.start(arithmetic, begin)
+        model, _ = model.result()
+        reward_model.report(model, reward_model.RewardModelConfig().heldout, folder / "reward_model")
+        show_answers(sft_model, QUESTIONS[2:], learned(model))
+        stage_done("reward model, and beside it GRPO or PPO on arithmetic")
 
-    title("4. GRPO and PPO, on both rewards")
-    records = compare.compare(settings(compare.CompareConfig, "compare", sft=sft_file, reward_model=reward_file,
-                                       seeds=1, algorithms="GRPO,PPO"))
-    stage_done("GRPO and PPO on both rewards, with their evaluation")
+        title("4. GRPO and PPO on animals, rewarded by the reward model")
+        runs.update(compare.start(animals, begin))
+        records = compare.finish(animals, runs)
+        stage_done("the rest of GRPO and PPO on both rewards")
 
     title("before and after")
     models = {"base": base, "SFT": sft_model}

@@ -89,7 +89,6 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
 
 
 def show(figures):
-    """One line per figure: its mean and 95% interval."""
     return "\n".join(f"  {name:17} {mean:7.3f}   ({low:.3f} to {high:.3f})"
                      for name, (mean, low, high) in figures.items())
 

@@ -1,7 +1,8 @@
-"""What is written about runs, as Markdown: the tables of a comparison, the page of answers, the pipeline's seconds.
+"""What is written about runs: the tables and the figure of a comparison, the page of answers, the pipeline's seconds.
 
 Memory of the model state is not measured but counted: `state_bytes`.
 """
+import json
 import os
 from datetime import date
 
@@ -9,12 +10,16 @@ import numpy as np
 import torch
 
 from grpo_min.metrics import peak_memory_mb
+from grpo_min.plots import finish, plt
 from grpo_min.ppo import PPOConfig
+from grpo_min.runs import save_file, write_csv
 from grpo_min.sample import ask
 
 QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
              "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
 PHASES = ["sample", "score", "critic", "update"]        # of a step, each with its seconds
+CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
+          *(f"seconds_{phase}" for phase in PHASES)]                                     # kept in comparison-*.csv
 COLUMNS = {     # reward: [(heading, set, figure, form)]
     "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"),
                 ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
@@ -89,6 +94,64 @@ def table_row(cells):
     return ["| " + " | ".join(cells) + " |"]
 
 
+def smooth(values, window=5):
+    """Means of up to `window` neighbours to the left."""
+    return [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
+
+
+def plot_comparison(records, path):
+    """Algorithms side by side, from the records that compare.py makes: a line per seed, smoothed over 5 steps."""
+    names = list(dict.fromkeys(record["algorithm"] for record in records))
+    colours = dict(zip(names, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
+    figure, axes = plt.subplots(2, 4, figsize=(14, 6))
+    arithmetic = records[0]["reward"] == "correct"
+    curves = [("reward", "completions", "reward"), ("reward", "seconds", "reward"),
+              ("kl", "completions", "KL to the reference\n(nats per completion)"),
+              ("length", "completions", "completion length (tokens)"),
+              ("thinking", "completions", "share of thinking answers") if arithmetic else
+              ("entropy", "completions", "entropy (nats per token)")]
+    for axis, (column, against, label) in zip(axes.flat, curves):
+        for record in records:
+            rows = [row for row in record["rows"] if row[column] != ""]
+            seconds = np.cumsum([sum(row.get(f"seconds_{phase}", 0) for phase in record["seconds"]) for row in rows])
+            x = seconds if against == "seconds" else [row["completions"] for row in rows]
+            axis.plot(x, smooth([row[column] for row in rows]), color=colours[record["algorithm"]], lw=1.2, alpha=0.8)
+        axis.set(xlabel="seconds of training" if against == "seconds" else "completions sampled", ylabel=label)
+    stacked(axes[1, 1], names, [[np.mean([r["seconds"][phase] for r in records if r["algorithm"] == name])
+                                 for name in names] for phase in records[0]["seconds"]],
+            list(records[0]["seconds"]), "seconds per step")
+    of_name = [next(record["state_bytes"] for record in records if record["algorithm"] == name) for name in names]
+    parts = max(of_name, key=len)
+    stacked(axes[1, 2], names, [[state.get(part, 0) / 1e6 for state in of_name] for part in parts], list(parts),
+            "model state (MB)")
+    handles = [plt.Line2D([], [], color=colours[name], label=name) for name in names]
+    axes[1, 3].axis("off")
+    axes[1, 3].legend(handles=handles, loc="center", frameon=False, title="one line per seed", fontsize=11)
+    finish(figure, path)
+
+
+def stacked(axis, names, parts, labels, ylabel):
+    """Stacked bars: parts[i][j] is the height of part i in the bar of names[j]."""
+    bottom = np.zeros(len(names))
+    for i, (heights, label) in enumerate(zip(parts, labels)):
+        axis.bar(names, heights, 0.6, bottom, label=label, color=plt.cm.Greys(0.25 + 0.6 * i / len(labels)))
+        bottom += heights
+    axis.set(ylabel=ylabel, ylim=(0, bottom.max() * 1.6))
+    axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper left")
+
+
+def write(records, path):
+    """Write the records of one reward: their figures, curves, tables and picture."""
+    kept = [{name: value for name, value in record.items() if name != "rows"} for record in records]
+    save_file(f"{path}.json", json.dumps(kept, indent=1).encode())
+    trained = [record for record in records if "run" in record]
+    write_csv(f"{path}.csv", [dict(algorithm=run["algorithm"], seed=run["seed"],
+                                   **{name: row.get(name, "") for name in CURVES})
+                              for run in trained for row in run["rows"]])
+    save_file(f"{path}.md", tables(records).encode())
+    plot_comparison(trained, f"{path}.png")
+
+
 # --- the main job -------------------------------------------------------------------------------------------------
 
 def page(models):
@@ -111,5 +174,6 @@ def pipeline_table(seconds, device):
     """Seconds of each stage, peak memory and the machine, as Markdown."""
     lines = ["| stage | seconds |", "| --- | --- |", *(f"| {name} | {value:.0f} |" for name, value in seconds.items()),
              f"| **all** | **{sum(seconds.values()):.0f}** ({sum(seconds.values()) / 60:.1f} minutes) |", "",
-             f"Peak memory {peak_memory_mb(device):.0f} MB; {machine(device)}, {date.today()}.", ""]
+             f"Peak memory of a process {max(peak_memory_mb(device, of) for of in (False, True)):.0f} MB, with up to "
+             f"one process to a core; {machine(device)}, {date.today()}.", ""]
     return "\n".join(lines)

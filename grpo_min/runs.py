@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import resource
 import shlex
 import signal
 import sys
@@ -28,6 +29,7 @@ from grpo_min.tokenizer import VOCAB_SIZE
 
 DATA = Path(__file__).parent.parent / "data"
 SAVE_EVERY = 10      # seconds between checkpoints
+beside_others = False      # in a process that shares the screen: log lines name their run, and stay
 
 
 # --- data ---------------------------------------------------------------------------------------------------------
@@ -168,6 +170,7 @@ class Run:
         self.config, self.parts, self.rows, self.warned = config, parts, [], set()
         self.pending, self.stopped = None, False
         self.folder = Path(config.run) if config.run else None
+        self.name = f"{self.folder.name}: " if beside_others and self.folder else ""
         self.settings = {name: value for name, value in dataclasses.asdict(config).items()
                          if name not in ("run", "resume")}
         self.settings["inputs"] = [f"{Path(path).name} {fingerprint(path)}" for path in inputs]
@@ -196,6 +199,7 @@ class Run:
             # Last, because it is what makes the folder a run: one that is killed before this has nothing to resume.
             save_file(self.folder / "config.json", json.dumps(self.settings, indent=1).encode())
         self.started = self.shown = self.saved = time.perf_counter()
+        self.usage = [0.0, 0.0, 0]
         try:
             self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         except ValueError:                       # not in the main thread: Ctrl-C stays as it is
@@ -274,19 +278,32 @@ class Run:
                 self.saved = time.perf_counter()
                 self.pending = self.checkpoint(done)
         self.show(done, line, last)
+        self.share_cores()
         if stopped and not last:
             print(f"\nsaved after step {done}; go on with: {resume_command()}" if self.folder else "", file=sys.stderr)
             raise UserError("stopped by Ctrl-C", exit_code=130)
 
     def show(self, done, line, last):
         """The log line: on a terminal it rewrites itself, elsewhere it is printed every five seconds."""
-        now, terminal = time.perf_counter(), sys.stdout.isatty()
+        now, terminal = time.perf_counter(), sys.stdout.isatty() and not beside_others
         per_step = (now - self.started) / (done - self.first_step)
         left = per_step * (self.config.steps - done)
         if terminal or last or now - self.shown > 5 or done == self.first_step + 1:
             self.shown = now
-            text = f"step {done}/{self.config.steps} | {line} | {per_step:.2f} s/step, {left:.0f} s left"
+            text = f"{self.name}step {done}/{self.config.steps} | {line} | {per_step:.2f} s/step, {left:.0f} s left"
             print("\r\033[K" + text if terminal else text, end="\n" if last or not terminal else "", flush=True)
+
+    def share_cores(self):
+        """One thread from here on where other processes use the cores: torch's threads wait for each other by spinning,
+        the fastest way while each has a core; where one must wait for a core, the others burn theirs."""
+        usage = [time.perf_counter(), time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw]
+        wall, cpu, preempted = (now - before for now, before in zip(usage, self.usage))
+        if wall < 2:
+            return
+        threads, self.usage = torch.get_num_threads(), usage
+        if threads > 1 and cpu < 0.75 * threads * wall and preempted > 100 * wall:
+            print(f"\nnote: other processes use the cores: on with 1 thread, not {threads} (that changes last digits)")
+            torch.set_num_threads(1)
 
     def check_finite(self, loss, norm):
         """Stop, before the update, if the loss or the gradient is not a number."""

@@ -543,10 +543,10 @@ def test_sample_reads_questions_until_an_empty_line(tmp_path, capsys, monkeypatc
 
 # --- as a user starts them ----------------------------------------------------------------------------------------
 
-def start(words, folder):
+def start(words, folder, **more):
     environment = dict(os.environ, OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1", PYTHONPATH=str(ROOT))
     return subprocess.Popen([sys.executable, "-m", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            cwd=folder, env=environment)
+                            cwd=folder, env=environment, **more)
 
 
 def test_a_mistake_in_a_shell(tmp_path):
@@ -571,3 +571,31 @@ def test_ctrl_c_in_a_shell_and_what_it_says_to_go_on(tmp_path):
     assert process.returncode == 0, error
     assert f"step {done + 1}/120" in out and "step 1/120" not in out
     assert [row["step"] for row in read_csv(tmp_path / "my run/metrics.csv")] == list(range(120))
+
+
+# --- processes beside each other ----------------------------------------------------------------------------------
+
+def test_ctrl_c_stops_runs_beside_each_other_and_the_same_command_goes_on(tmp_path):
+    words = ["grpo_min.compare", *arguments(compare, tmp_path, rewards="correct", algorithms="GRPO", steps=400)]
+    process = start(words, tmp_path, start_new_session=True)
+    while "step 1/400" not in process.stdout.readline():
+        assert process.poll() is None, process.stderr.read()
+    os.killpg(process.pid, signal.SIGINT)                                   # as a terminal does: to all of them
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in error, error
+    run = tmp_path / "run/grpo-correct-1"
+    done = load_checkpoint(run / "checkpoint.pt")["step"]
+    assert 0 < done < 400 and len(read_csv(run / "metrics.csv")) == done
+    process = start(words, tmp_path, start_new_session=True)
+    lines = iter(process.stdout.readline, "")
+    assert next(line for line in lines if "/400" in line).startswith(f"grpo-correct-1: step {done + 1}/400")
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_call_in_a_process_of_its_own():
+    assert compare.in_own_process(torch.get_num_threads) == 1
+    with pytest.raises(UserError, match="--steps must be above 0"):                        # a mistake comes back as one
+        compare.in_own_process(sft.train, sft.SFTConfig(run="", steps=0))
+    with pytest.raises(UserError, match="killed"):
+        compare.in_own_process(os._exit, 1)

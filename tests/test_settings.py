@@ -4,11 +4,12 @@ The loops run for a step or two with settings that are all different from each o
 functions they call are watched: a setting that is ignored, exchanged with another or replaced by a constant shows.
 """
 import json
+import types
 
 import pytest
 import torch
 
-from grpo_min import grpo, metrics, ppo
+from grpo_min import grpo, metrics, ppo, runs
 from grpo_min.config import UserError
 from grpo_min.grpo import kl_estimate
 from grpo_min.rewards import learned, load_reward
@@ -16,6 +17,27 @@ from grpo_min.rollout import require_fit, token_logprobs
 from grpo_min.runs import load_model
 from tests import tiny
 from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cpu, preempted, left", [(1.0, 300, 1), (1.99, 300, 2), (1.0, 50, 2)],
+                         ids=["others use the cores", "a core for each", "threads that wait for something else"])
+def test_one_thread_where_others_use_the_cores(cpu, preempted, left, tmp_path, monkeypatch, capsys):
+    """cpu: cores that this process had in each second, preempted: how often it was taken off one."""
+    threads, seconds = [2], iter(range(1000, 1100, 3))
+    run = runs.Run(settings(grpo, tmp_path), [], {})
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    with run:
+        for _ in range(3):
+            now = next(seconds)
+            monkeypatch.setattr(runs.time, "perf_counter", lambda: now)
+            monkeypatch.setattr(runs.time, "process_time", lambda: now * cpu)
+            monkeypatch.setattr(runs.resource, "getrusage", lambda _: types.SimpleNamespace(ru_nivcsw=now * preempted))
+            run.share_cores()
+    assert threads[-1] == left and len(threads) == (2 if left == 1 else 1)
+    assert ("1 thread" in capsys.readouterr().out) == (left == 1)
 
 
 # --- the policy's update and the critic's -------------------------------------------------------------------------
@@ -143,7 +165,7 @@ TROUBLE = dict(equal_groups=(0.5, 0.95), truncated=(0.1, 0.5), kl=(5.0, 50.0), e
 
 class FakeRun:
     def __init__(self, config):
-        self.config, self.warned, self.rows = config, set(), []
+        self.config, self.warned, self.rows, self.name = config, set(), [], ""
 
     def step_done(self, step, row, line, samples):
         self.rows.append(row)
