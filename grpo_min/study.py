@@ -177,7 +177,8 @@ def publish(config):
         save_file(RESULTS / "again.md", "\n\n".join(sum(reached, [])).encode() + b"\n")
     sources = [(again if again.exists() else main_run) / "pipeline.md", main_run / "before_after.md",
                main_run / "reward_model/reward_model.md", main_run / "reward_model/calibration.png",
-               *sorted((main_run / "compare").glob("comparison-*")), *sorted(Path("runs/benchmark").glob("benchmark.*"))]
+               *sorted((main_run / "compare").glob("comparison-*")),
+               *sorted(Path("runs/benchmark").glob("benchmark.*"))]
     for path in sources:
         if path.exists():
             save_file(RESULTS / path.name, path.read_bytes())
