@@ -86,7 +86,7 @@ def test_inverse_cdf_by_hand():
     probs = torch.tensor([[0.25, 0.0, 0.5, 0.25]]).expand(6, 4)
     uniforms = torch.tensor([0.0, 0.24, 0.25, 0.74, 0.75, 1 - 2 ** -24])
     assert inverse_cdf(probs, uniforms).tolist() == [0, 0, 2, 2, 3, 3]
-    sharp = torch.tensor([[0.0, 1.0, 0.0]]).expand(2, 3)   # the largest uniform number, and what rounding may make of it
+    sharp = torch.tensor([[0.0, 1.0, 0.0]]).expand(2, 3)   # the largest uniform number, and what rounding makes of it
     assert inverse_cdf(sharp, torch.tensor([1 - 2 ** -24, 1.0])).tolist() == [1, 1]
 
 
