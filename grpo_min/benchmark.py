@@ -55,7 +55,12 @@ def endless(layers, width):
     """A model with random weights that never says END."""
     torch.manual_seed(0)
     model = GPT(GPTConfig(context=128, layers=layers, heads=width // 32, width=width))
-    model.head = lambda states: GPT.head(model, states).index_fill(-1, torch.tensor([END], device=states.device), -1e9)
+
+    def head(states):
+        logits = GPT.head(model, states)
+        logits[..., END] = -1e9
+        return logits
+    model.head = head
     return model
 
 
@@ -218,7 +223,7 @@ def trl_steps(config, of):
     folder = Path(config.out) / f"trl-{of['width']}"
     GPT2LMHeadModel(GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=128, n_layer=of["layers"], n_head=of["width"] // 32, n_embd=of["width"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu", bos_token_id=1,
         eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
     prompts = np.random.default_rng(0).integers(6, VOCAB_SIZE, (1000, round(mean_prompt_length())))

@@ -118,7 +118,7 @@ TROUBLE = [     # (column, is it trouble?, what it means)
     ("kl", lambda v: v > 30, "the policy is far from the reference: read samples.jsonl, raise --beta or lower --lr"),
     ("entropy", lambda v: v < 0.005, "the policy is almost certain of every token and explores no more"),
     ("clip_high", lambda v: v > 0.3, "many ratios are clipped: the updates of a batch are too many or too large"),
-    ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: their settings differ"),
+    ("gap", lambda v: v > 0.05, "sampler and trainer disagree about the log-probabilities: their settings differ"),
     ("explained_variance", lambda v: v < -0.5, "the critic predicts worse than a constant: its baseline adds noise"),
 ]
 

@@ -3,9 +3,11 @@
 Prompts and completions never share a tensor: a batch is `Q` right-padded prompts, and `B = Q * G` right-padded
 completions whose row `b` belongs to prompt `b // G`.
 """
+import functools
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from grpo_min.config import UserError, require
 from grpo_min.tokenizer import END, PAD, decode, encode_completion, encode_prompt
@@ -111,6 +113,8 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
         raise UserError(f"{int(prompts.length.max())} prompt tokens and {N} new ones do not fit into the model's "
                          f"context of {policy.config.context}")
     uniforms = torch.rand(B, N, generator=generator).to(device)                         # (B, N)
+    if device.type == "cuda":
+        return graph_decoder(policy, Q, group_size, N, temperature, device).sample(prompts, uniforms)
     completion_ids = torch.full((B, N), PAD, device=device)
     mask = torch.zeros(B, N, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, N, device=device)
@@ -122,14 +126,10 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
     rows = torch.arange(B, device=device)                                               # (R,) those being decoded
     for t in range(N):
         on = ~finished[rows]                                                            # (R,)
-        if temperature == 0:
-            token = policy.head(state).argmax(-1)                                       # (R,)
-        else:
-            probs = policy.head(state / temperature).softmax(dim=-1)                    # (R, V)
-            token = inverse_cdf(probs, uniforms[rows, t])                               # (R,)
-            logprobs[rows, t] = probs.gather(1, token[:, None]).squeeze(1).log() * on
+        token, logprob = choose(policy, state, temperature, uniforms[rows, t])          # (R,) each
         completion_ids[rows, t] = token.where(on, PAD)
         mask[rows, t] = on
+        logprobs[rows, t] = logprob * on
         finished[rows] = ~on | (token == END)
         left = (~finished[rows]).nonzero().squeeze(1)
         if t + 1 == N or len(left) == 0:
@@ -145,8 +145,100 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
     return Rollout(completion_ids[:, :used], mask[:, :used], logprobs[:, :used], finished)
 
 
+def choose(policy, state, temperature, uniforms):
+    """A token for each row from its state (R, D) and uniform number (R,) -> tokens and log-probabilities (R,)."""
+    if temperature == 0:
+        token = policy.head(state).argmax(-1)
+        return token, torch.zeros_like(uniforms)
+    probs = policy.head(state / temperature).softmax(dim=-1)                            # (R, V)
+    token = inverse_cdf(probs, uniforms)                                                # (R,)
+    return token, probs.gather(1, token[:, None]).squeeze(1).log()
+
+
 def inverse_cdf(probs, uniforms):
     """Per row, the first index whose cumulative probability exceeds the uniform number: (B, V), (B,) -> (B,)."""
     cdf = probs.cumsum(-1)
     below = torch.nextafter(cdf[:, -1:], cdf[:, -1:] * 0)      # rounding must not take what has a probability of 0
     return torch.searchsorted(cdf, torch.minimum(uniforms[:, None] * cdf[:, -1:], below), right=True).squeeze(-1)
+
+
+# --- the same on CUDA ---------------------------------------------------------------------------------------------
+
+CHUNK = 8       # tokens between two looks whether all rows have finished, for which the CPU must wait
+
+
+class GraphDecoder:
+    """The loop of sample(), recorded once as CUDA graphs and replayed: launching the hundred small kernels of a token
+    from Python takes longer than they do. What a graph reads and writes stays where it is and as large as it is: prompts
+    are padded to the most that fits beside the completions, and rows that have finished stay.
+    """
+
+    @torch.no_grad()
+    def __init__(self, policy, Q, group_size, N, temperature, device):
+        B, P = Q * group_size, policy.config.context - N
+        self.policy, self.group_size, self.N, self.temperature = policy, group_size, N, temperature
+        self.prompt_ids = torch.full((Q, P), PAD, device=device)
+        self.position = torch.ones(B, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(B, N, device=device)
+        self.completion_ids = torch.full((B, N), PAD, device=device)
+        self.mask = torch.zeros(B, N, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(B, N, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+        last, self.memory = policy.read(Prompts(self.prompt_ids, self.position[:Q], []))
+        self.state = last.repeat_interleave(group_size, dim=0)                                    # (B, D)
+        self.caches = [[k.new_empty(Q, k.shape[1], group_size, N, k.shape[3]) for _ in "kv"] for k, _, _ in self.memory]
+        self.chunks = [functools.partial(self.steps, t, min(t + CHUNK, N)) for t in range(0, N, CHUNK)]
+        if device.type == "cuda":
+            self.chunks = [recorded(chunk) for chunk in self.chunks]
+
+    def steps(self, start, stop):
+        """Tokens start to stop - 1 of every row."""
+        for t in range(start, stop):
+            on = ~self.finished                                                                   # (B,)
+            token, logprob = choose(self.policy, self.state, self.temperature, self.uniforms[:, t])
+            self.completion_ids[:, t] = token.where(on, PAD)
+            self.mask[:, t] = on
+            self.logprobs[:, t] = logprob * on
+            self.finished |= token == END
+            if t + 1 < self.N:
+                states, _ = self.policy.run(token[:, None], (self.position + t)[:, None], self.memory,
+                                            [(k, v, t) for k, v in self.caches])
+                self.state.copy_(states[:, 0])
+
+    @torch.no_grad()
+    def sample(self, prompts, uniforms):
+        """prompts (Q rows), uniforms (B, N) -> Rollout."""
+        self.prompt_ids.copy_(F.pad(prompts.ids, (0, self.prompt_ids.shape[1] - prompts.ids.shape[1]), value=PAD))
+        last, memory = self.policy.read(Prompts(self.prompt_ids, prompts.length, prompts.texts))
+        for kept, new in zip(self.memory, memory):
+            for old, x in zip(kept, new):
+                old.copy_(x)
+        self.state.copy_(last.repeat_interleave(self.group_size, dim=0))
+        self.position.copy_(prompts.length.repeat_interleave(self.group_size))
+        self.uniforms.copy_(uniforms)
+        self.completion_ids.fill_(PAD)
+        for tensor in self.mask, self.logprobs, self.finished:
+            tensor.zero_()
+        for chunk in self.chunks:
+            chunk()
+            if bool(self.finished.all()):
+                break
+        used = int(self.mask.any(0).sum())
+        return Rollout(self.completion_ids[:, :used].clone(), self.mask[:, :used].clone(),
+                       self.logprobs[:, :used].clone(), self.finished.clone())
+
+
+graph_decoder = functools.lru_cache(maxsize=4)(GraphDecoder)     # recording takes longer than a batch: once per shape
+
+
+def recorded(work):
+    """Record what a function without arguments asks of the GPU -> a function that has it done again."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()                                          # once for real: libraries set themselves up at the first call
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay

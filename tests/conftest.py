@@ -19,13 +19,15 @@ from grpo_min.tokenizer import ASSISTANT, USER, VOCAB_SIZE  # noqa: E402
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; only with -m slow")
+    config.addinivalue_line("markers", "gpu: needs a CUDA card; skipped without one")
 
 
 def pytest_collection_modifyitems(config, items):
-    if "slow" not in config.option.markexpr:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="only with -m slow"))
+    for item in items:
+        if "slow" in item.keywords and "slow" not in config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="only with -m slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
 
 
 def randomise(model, std=0.5, seed=0):
