@@ -33,7 +33,7 @@ from grpo_min.tokenizer import save_ranks, train_ranks
 
 SEED = 1
 LARGEST = 49                     # every value of a chain stays in 0..LARGEST
-TRAINED_OPERATIONS = [2, 3]      # operations per chain; the longer set has one more than the most
+TRAINED_OPERATIONS = [2, 3]      # operations per chain, unless told; the longer set has one more than the most
 WORDS = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
 
 
@@ -195,17 +195,26 @@ def write_jsonl(path, rows, fields):
 def main():
     parser = argparse.ArgumentParser(description="Write the data files; the same seed writes the same bytes.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder to write into")
-    out = parser.parse_args().out
+    parser.add_argument("--operations", type=int, nargs="+", default=TRAINED_OPERATIONS, metavar="N",
+                        help="operations per chain: each of these numbers equally often (default: 2 3)")
+    options = parser.parse_args()
+    if min(options.operations) < 2:
+        parser.error("--operations: at least 2, or there are not enough different chains")
+    write(options.out, options.operations)
+
+
+def write(out, operations):
+    """Write every file to the folder `out`: chains have as many operations as one of `operations` says."""
     out.mkdir(parents=True, exist_ok=True)
     # Each kind of file has random numbers of its own: a change in one leaves the others as they are.
     rng = random.Random(f"{SEED} prompts")
     # Prompts. The held-out ones are drawn first: what they hold does not depend on how much there is to train on.
     taken, problem = set(), ["prompt", "answer", "operations"]
-    longer = [max(TRAINED_OPERATIONS) + 1]
-    write_jsonl(out / "arithmetic_test.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
-    write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, TRAINED_OPERATIONS, taken), problem)
+    longer = [max(operations) + 1]
+    write_jsonl(out / "arithmetic_test.jsonl", arithmetic_problems(rng, 1000, operations, taken), problem)
+    write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, operations, taken), problem)
     write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
-    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 3600, TRAINED_OPERATIONS, taken), problem[:2])
+    write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 3600, operations, taken), problem[:2])
     for split in "train", "val", "test":
         fields = ["prompt"] if split == "train" else ["prompt", "animal", "attribute"]
         write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), fields)
@@ -213,7 +222,7 @@ def main():
     rng = random.Random(f"{SEED} demonstrations")
     # Demonstrations: half of the arithmetic direct, half thinking.
     rows = []
-    for row in arithmetic_problems(rng, 6000, TRAINED_OPERATIONS, taken):
+    for row in arithmetic_problems(rng, 6000, operations, taken):
         thinking = f"<think> {row['steps']}</think> {row['answer']}"
         rows.append(dict(prompt=row["prompt"], response=thinking if rng.random() < 0.5 else f" {row['answer']}"))
     questions = animal_prompts("train")
@@ -239,7 +248,7 @@ def main():
     faq = [f"{asked['prompt']} {FACTS[asked['animal']][asked['attribute']]}." for asked in animal_prompts("train")]
     documents = (sums + statements) * 4 + faq
     documents += [f"{row['prompt']} {row['steps']}."
-                  for row in arithmetic_problems(rng, 6000, [1] + TRAINED_OPERATIONS, taken)]
+                  for row in arithmetic_problems(rng, 6000, [1] + operations, taken)]
     rng.shuffle(documents)
     text = "".join(document + "\n" for document in documents)
     (out / "pretrain.txt").write_text(text, encoding="utf-8")

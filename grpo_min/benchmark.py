@@ -8,7 +8,8 @@ nothing else between them, measured in the same turn, and against a limit, what 
 this machine reaches on large matrices or, where that is longer, reading and writing memory once.
 
 --against trl does TRL's GRPO on the same work in the same run, where TRL is installed (it is not required): a model of
-the same shape and vocabulary, prompts of as many tokens, completions of as many tokens.
+the same shape and vocabulary, prompts of as many tokens, completions of as many tokens. Transformers' generate(), with a cache,
+samples as many completions.
 """
 import contextlib
 import io
@@ -37,6 +38,7 @@ from grpo_min.tokenizer import END, VOCAB_SIZE, encode_prompt
 BASE = dict(layers=3, width=96, prompts=32, group_size=8, new=24)      # about the arithmetic task, once it thinks
 GROWTH = {"completions per prompt": ("group_size", [2, 4, 8, 16]), "tokens per completion": ("new", [8, 16, 24, 40]),
           "width of the model": ("width", [64, 96, 128, 192])}
+OTHERS = ["TRL GRPO", "generate()"]
 SMALL_GPT2 = dict(layers=4, width=128, prompts=32, group_size=16, new=8)
 
 
@@ -148,7 +150,7 @@ def measure(config):
     work += [("GRPO", dict(BASE, **{name: value})) for name, values in GROWTH.values() for value in values
              if value != BASE[name] and not config.quick]
     if config.against:
-        work += [("GRPO", SMALL_GPT2), ("TRL GRPO", SMALL_GPT2), ("TRL GRPO", BASE)]
+        work += [("GRPO", SMALL_GPT2)] + [(name, of) for of in (SMALL_GPT2, BASE) for name in OTHERS]
     turns = [turn_of(name, config, of) for name, of in work]
     device, prompt_length = pick_device(config.device), round(mean_prompt_length())
     records, best = [], []
@@ -174,7 +176,7 @@ def measure(config):
         totals = [sum(row.get(f"seconds_{phase}", 0.0) for phase in PHASES) for row in rows]
         record["step"] = [float(np.median(totals)), min(totals), max(totals)]
         ours = {phase: seconds for phase, seconds in record["seconds"].items()
-                if seconds and not record["name"].startswith("TRL")}
+                if seconds and record["name"] not in OTHERS}
         counted = products(**of, prompt_length=prompt_length)
         record["share_of_products"] = {phase: float(np.median([turn[phase] for turn in alone])) / seconds
                                        for phase, seconds in ours.items()}
@@ -186,8 +188,8 @@ def measure(config):
 
 def turn_of(name, config, of):
     """A function that takes some steps -> their rows of metrics."""
-    if name == "TRL GRPO":
-        return trl_steps(config, of)
+    if name in OTHERS:
+        return {"TRL GRPO": trl_steps, "generate()": generate_steps}[name](config, of)
     return lambda: steps_of({"GRPO": grpo, "PPO": ppo}[name], config, **of)
 
 
@@ -203,6 +205,37 @@ def mean_prompt_length():
     return float(np.mean([len(encode_prompt(row["prompt"])) for row in rows]))
 
 
+def gpt2(of):
+    """transformers' GPT-2 of this shape, with random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=VOCAB_SIZE, n_positions=128, n_layer=of["layers"], n_head=of["width"] // 32, n_embd=of["width"],
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu", bos_token_id=1, eos_token_id=1,
+        pad_token_id=0))
+
+
+def random_prompts(count):
+    """Token ids (count, length) of prompts as long as those of the arithmetic task."""
+    return np.random.default_rng(0).integers(6, VOCAB_SIZE, (count, round(mean_prompt_length())))
+
+
+def generate_steps(config, of):
+    """A function that lets transformers' generate() sample as many completions -> rows {seconds_sample}."""
+    device = pick_device(config.device)
+    model = gpt2(of).to(device).eval()
+    ids = torch.tensor(random_prompts(of["prompts"]), device=device).repeat_interleave(of["group_size"], dim=0)
+
+    def steps():
+        rows = []
+        for _ in range(config.steps):
+            seconds = seconds_of(lambda: model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=of["new"], do_sample=True, top_k=0,
+                suppress_tokens=[1]), device)
+            rows.append(dict(seconds_sample=seconds))
+        return rows[1:]
+    return steps
+
+
 def trl_steps(config, of):
     """A function that lets TRL's GRPO take some steps of this work -> rows {seconds_update: the whole step}.
 
@@ -211,7 +244,7 @@ def trl_steps(config, of):
     try:
         from datasets import Dataset
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
+        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
         from trl import GRPOConfig, GRPOTrainer
     except ImportError as error:
         require(False, f"--against trl: {error}; pip install trl transformers datasets accelerate")
@@ -221,13 +254,9 @@ def trl_steps(config, of):
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w1", pad_token="w0", unk_token="w0")
     folder = Path(config.out) / f"trl-{of['width']}"
-    GPT2LMHeadModel(GPT2Config(
-        vocab_size=VOCAB_SIZE, n_positions=128, n_layer=of["layers"], n_head=of["width"] // 32, n_embd=of["width"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu", bos_token_id=1,
-        eos_token_id=1, pad_token_id=0)).save_pretrained(folder)
+    gpt2(of).save_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
-    prompts = np.random.default_rng(0).integers(6, VOCAB_SIZE, (1000, round(mean_prompt_length())))
-    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in prompt) for prompt in prompts]))
+    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in prompt) for prompt in random_prompts(1000)]))
     rows = of["prompts"] * of["group_size"]
     settings = GRPOConfig(
         output_dir=str(folder), use_cpu=pick_device(config.device).type == "cpu", bf16=False, fp16=False, seed=1,
@@ -265,7 +294,8 @@ def tables(records, best, device):
     lines += table_row(["---"] * 14)
     for record in records:
         of = record["work"]
-        phases = ["-"] * 4 if record["name"].startswith("TRL") else [f"{record['seconds'][p]:.3f}" for p in PHASES]
+        known = {"TRL GRPO": [], "generate()": ["sample"]}.get(record["name"], PHASES)
+        phases = [f"{record['seconds'][p]:.3f}" if p in known else "-" for p in PHASES]
         lines += table_row([record["name"], f"{of['layers']} x {of['width']}",
                             f"{of['prompts']} x {of['group_size']} x {of['new']}", *phases,
                             "{:.3f} ({:.3f} to {:.3f})".format(*record["step"]), f"{record['tokens_per_second']:.0f}",
@@ -274,12 +304,15 @@ def tables(records, best, device):
                             f"{record['peak_memory_mb']:.0f}"])
     trl = ""
     for record in records:
-        if record["name"] == "TRL GRPO":
-            trl = f", TRL {version('trl')}"
+        if record["name"] in OTHERS:
+            trl = f", TRL {version('trl')}, transformers {version('transformers')}"
             ours = next(r for r in records if r["name"] == "GRPO" and r["work"] == record["work"])
-            lines += ["", "A step of TRL's GRPO on {prompts} x {group_size} completions of {new} tokens by a model of "
-                      "{layers} x {width} ".format(**record["work"]) +
-                      f"takes {record['step'][0] / ours['step'][0]:.2f} times as long as one of ours."]
+            who, what, own = (("A step of TRL's GRPO", "a step of ours", ours["step"][0])
+                              if record["name"] == "TRL GRPO" else
+                              ("transformers' generate()", "our sampling", ours["seconds"]["sample"]))
+            lines += ["", who + " on {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
+                      "{width} ".format(**record["work"]) +
+                      f"takes {record['step'][0] / own:.2f} times as long as {what}."]
     rate, bandwidth = zip(*best)
     lines += ["", "Median (lowest to highest). Products alone: the share of a phase that its matrix products take when "
               "nothing else is done. Limit: the share that they would take at the best rate and bandwidth seen here, "

@@ -50,6 +50,9 @@ class CompareConfig:
     steps: int = option(0, "batches per run; 0: the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
+    data: str = option(str(DATA), "folder of the prompts, to train on and to evaluate on")
+    max_new_tokens: int = option(40, "longest completion, in tokens")
+    lr_factor: float = option(1.0, "all learning rates are multiplied by this: larger models want smaller ones")
     eval_prompts: int = option(1000, "held-out prompts per evaluation")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
@@ -64,14 +67,16 @@ def train_or_reuse(train, config):
 
 def evaluate_or_reuse(path, config, policy, opponent, reward):
     """Held-out figures of a policy {set: {figure: [mean, low, high]}}, kept in a file beside its checkpoint."""
-    settings = dict(prompts=config.eval_prompts, sft=fingerprint(config.sft))
+    settings = dict(prompts=config.eval_prompts, sft=fingerprint(config.sft), data=config.data,
+                    max_new_tokens=config.max_new_tokens)
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["settings"] == settings:
             return kept["figures"]
     sets = ", ".join(f"{domain} ({split})" for domain, split in SETS[reward])
     print(f"{path.parent.name}: evaluating on {config.eval_prompts} held-out prompts of {sets} ...", flush=True)
-    figures = {f"{domain}_{split}": evaluate(policy, domain, held_out(domain, split, config.eval_prompts), opponent)
+    figures = {f"{domain}_{split}": evaluate(policy, domain, held_out(domain, split, config.eval_prompts, config.data),
+                                             opponent, max_new_tokens=config.max_new_tokens)
                for domain, split in SETS[reward]}
     save_file(path, json.dumps(dict(settings=settings, figures=figures), indent=1).encode())
     return figures
@@ -121,7 +126,7 @@ def start(config, begin):
     rewards = [name.strip() for name in config.rewards.split(",")]
     require(set(names) <= set(ALGORITHMS), f"--algorithms: choose from {', '.join(ALGORITHMS)}")
     require(set(rewards) <= set(SETS), f"--rewards: choose from {', '.join(SETS)}")
-    require_positive(config, "seeds", "eval_prompts")
+    require_positive(config, "seeds", "eval_prompts", "max_new_tokens", "lr_factor")
     require(config.steps >= 0, f"--steps must be at least 0, not {config.steps}")
     load_model(config.sft, "GPT")                                    # mistakes should not show after hours only
     if "learned" in rewards:
@@ -159,10 +164,15 @@ def one_run(config, name, reward, seed):
     train, config_class, differences = ALGORITHMS[name]
     run = Path(config.run) / f"{name.lower().replace(' ', '-')}-{reward}-{seed}"
     settings = dict(run=str(run), sft=config.sft, reward_model=config.reward_model, reward=reward, seed=seed,
-                    device=config.device, **PER_REWARD[reward], **differences)
+                    device=config.device, max_new_tokens=config.max_new_tokens,
+                    prompts=str(Path(config.data) / f"{SETS[reward][0][0]}_train.jsonl"),
+                    **PER_REWARD[reward], **differences)
     if config.steps:
         settings["steps"] = config.steps
     settings = config_class(**settings)
+    settings.lr *= config.lr_factor
+    if name != "GRPO":
+        settings.critic_lr *= config.lr_factor
     policy, rows = train_or_reuse(train, settings)
     sft = load_model(config.sft, "GPT", pick_device(config.device))
     figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)

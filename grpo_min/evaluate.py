@@ -6,6 +6,7 @@ animals by the hidden gold score, which no training loop sees.
 import json
 from dataclasses import dataclass
 from math import comb
+from pathlib import Path
 
 import numpy as np
 
@@ -17,25 +18,24 @@ from grpo_min.rollout import Prompts, sample
 from grpo_min.runs import DATA, generator, load_model, read_jsonl, save_file
 
 FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
-MAX_NEW_TOKENS = 40
 
 
-def held_out(domain, split, count=1000):
-    """`count` rows (all, if there are fewer), evenly spread over data/DOMAIN_SPLIT.jsonl.
+def held_out(domain, split, count=1000, data=DATA):
+    """`count` rows (all, if there are fewer), evenly spread over DOMAIN_SPLIT.jsonl in the folder `data`.
 
     split: val for all tuning, test or longer for results.
     """
-    path = DATA / f"{domain}_{split}.jsonl"
+    path = Path(data) / f"{domain}_{split}.jsonl"
     rows = read_jsonl(path, FIELDS[domain])
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
 
-def answers(policy, prompts, samples, temperature, seed=0, batch=250):
+def answers(policy, prompts, samples, temperature, max_new_tokens=40, seed=0, batch=250):
     """Texts of `samples` completions for each of the prompts, row by row, and whether each finished, and its length."""
     device, texts, finished, lengths = next(policy.parameters()).device, [], [], []
     for i in range(0, len(prompts), batch):
-        rollout = sample(policy, Prompts.from_texts(prompts[i:i + batch], device), samples, MAX_NEW_TOKENS,
+        rollout = sample(policy, Prompts.from_texts(prompts[i:i + batch], device), samples, max_new_tokens,
                          temperature, generator(seed, i))
         texts += rollout.texts()
         finished += rollout.finished.tolist()
@@ -48,7 +48,7 @@ def pass_at_k(n, right, k):
     return 1 - comb(n - right, k) / comb(n, k)
 
 
-def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
+def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0, max_new_tokens=40):
     """Measure a policy on held-out rows -> {figure: [mean, low, high]}.
 
     domain: arithmetic or animals. opponent: a second policy; with it, win_rate says how often the gold score prefers
@@ -66,8 +66,8 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
             return correct(texts, texts, finished=finished, **columns)
         return gold_score(texts, texts, **columns)
 
-    texts, finished, lengths = answers(policy, prompts, samples, temperature)
-    greedy_texts, greedy_finished, _ = answers(policy, prompts, 1, 0)
+    texts, finished, lengths = answers(policy, prompts, samples, temperature, max_new_tokens)
+    greedy_texts, greedy_finished, _ = answers(policy, prompts, 1, 0, max_new_tokens)
     scores = per_prompt(judge(texts, finished, repeated))                                     # (prompts, samples)
     greedy = np.array(judge(greedy_texts, greedy_finished, column), dtype=float)              # (prompts,)
     name = "accuracy" if domain == "arithmetic" else "gold"
@@ -81,7 +81,8 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0):
         figures["correct"] = per_prompt(right).mean(1)
         figures["share_of_maximum"] = scores.mean(1) / MAXIMUM
         if opponent is not None:
-            other = per_prompt(judge(*answers(opponent, prompts, samples, temperature, seed=1)[:2], repeated))
+            theirs = answers(opponent, prompts, samples, temperature, max_new_tokens, seed=1)
+            other = per_prompt(judge(*theirs[:2], repeated))
             figures["win_rate"] = np.where(scores == other, 0.5, scores > other).mean(1)
     figures["length"] = per_prompt(lengths).mean(1)
     figures["truncated"] = 1 - per_prompt(finished).mean(1)
@@ -104,6 +105,8 @@ class EvaluateConfig:
     prompts: int = option(1000, "number of prompts")
     samples: int = option(4, "answers sampled per prompt")
     temperature: float = option(1.0, "sampling temperature")
+    max_new_tokens: int = option(40, "longest answer, in tokens")
+    data: str = option(str(DATA), "folder of the prompts")
     out: str = option("", "JSON file to write the figures to")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
@@ -111,12 +114,13 @@ class EvaluateConfig:
 def main(argv=None):
     config = parse(EvaluateConfig, argv)
     device = pick_device(config.device)
-    require_positive(config, "prompts", "temperature")
+    require_positive(config, "prompts", "temperature", "max_new_tokens")
     require(config.samples >= 4, "pass@4 needs --samples of at least 4")
     policy = load_model(config.checkpoint, "GPT", device)
     opponent = load_model(config.opponent, "GPT", device) if config.domain == "animals" else None
-    rows = held_out(config.domain, config.split, config.prompts)
-    figures = evaluate(policy, config.domain, rows, opponent, config.samples, config.temperature)
+    rows = held_out(config.domain, config.split, config.prompts, config.data)
+    figures = evaluate(policy, config.domain, rows, opponent, config.samples, config.temperature,
+                       config.max_new_tokens)
     print(f"{config.checkpoint} on {len(rows)} {config.domain} {config.split} prompts:\n{show(figures)}")
     if config.out:
         save_file(config.out, json.dumps(figures, indent=1).encode())

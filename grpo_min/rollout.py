@@ -169,8 +169,8 @@ CHUNK = 8       # tokens between two looks whether all rows have finished, for w
 
 class GraphDecoder:
     """The loop of sample(), recorded once as CUDA graphs and replayed: launching the hundred small kernels of a token
-    from Python takes longer than they do. What a graph reads and writes stays where it is and as large as it is: prompts
-    are padded to the most that fits beside the completions, and rows that have finished stay.
+    from Python takes longer than they do. What a graph reads and writes keeps its place and size: prompts are padded to
+    the most that fits beside the completions, and rows that have finished stay.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""CUDA: what can be checked without a card is checked without one, the rest is marked gpu and skipped where there is none.
+"""CUDA: what can be checked without a card is checked without one, the rest is marked gpu and skipped.
 
 The decoder that is recorded as CUDA graphs runs here step by step on the CPU, and must sample what `sample` does.
 bfloat16 runs here through the CPU's autocast.

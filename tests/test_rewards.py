@@ -313,7 +313,7 @@ def script(monkeypatch, **texts):
     """
     calls = []
 
-    def answers(policy, prompts, samples, temperature, seed=0):
+    def answers(policy, prompts, samples, temperature, max_new_tokens, seed=0):
         calls.append((policy, samples, temperature, seed))
         said = texts[policy][slice(None) if temperature else slice(3, None, 4)]
         assert len(said) == len(prompts) * samples
@@ -372,9 +372,10 @@ def test_the_command_passes_its_settings_on(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(evaluation, "evaluate", lambda *arguments: calls.append(arguments) or {})
     evaluation.main(["--checkpoint", policy, "--opponent", opponent, "--domain", "animals", "--split", "val",
-                     "--prompts", "3", "--samples", "5", "--temperature", "0.6", "--device", "cpu"])
-    (first, domain, rows, second, samples, temperature), = calls
-    assert (domain, samples, temperature) == ("animals", 5, 0.6) and rows == held_out("animals", "val", 3)
+                     "--prompts", "3", "--samples", "5", "--temperature", "0.6", "--max-new-tokens", "7",
+                     "--device", "cpu"])
+    (first, domain, rows, second, *rest), = calls
+    assert [domain, *rest] == ["animals", 5, 0.6, 7] and rows == held_out("animals", "val", 3)
     for model, path in (first, policy), (second, opponent):
         assert tiny.same(model.state_dict(), load_model(path, "GPT").state_dict())
 

@@ -1,0 +1,89 @@
+"""--preset gpu: every option reaches its stage, the data fit into the model, and it is as large as is said."""
+import json
+from pathlib import Path
+
+import pytest
+
+from data import prepare
+from grpo_min import __main__ as main_job
+from grpo_min import compare, pretrain, reward_model, sft
+from grpo_min.model import GPT, GPTConfig
+from grpo_min.runs import read_jsonl
+from grpo_min.tokenizer import encode_completion, encode_prompt
+
+GPU = main_job.PRESETS["gpu"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    prepare.write(folder, GPU["operations"])
+    return folder
+
+
+def test_data_of_the_gpu_preset_fit_its_model(data):
+    """The longest chains, thought through, fit into the completions that are sampled, and these into the context."""
+    prompts = {name: read_jsonl(data / f"arithmetic_{name}.jsonl", ["prompt"]) for name in ("train", "test", "longer")}
+    for name, more in ("train", 0), ("test", 0), ("longer", 1):
+        chains = {row["prompt"].count(",") for row in prompts[name]}
+        assert chains == ({7} if more else {3, 4, 5, 6})
+    new, context = GPU["compare"]["max_new_tokens"], GPU["pretrain"]["context"]
+    assert max(len(encode_prompt(row["prompt"])) for rows in prompts.values() for row in rows) + new <= context
+    thoughts = [len(encode_completion(row["response"])) for row in read_jsonl(data / "sft.jsonl", ["response"])]
+    assert 30 < max(thoughts) <= new
+
+
+def test_the_gpu_preset_is_as_large_as_help_says(capsys):
+    shape = {name: GPU["pretrain"][name] for name in ("layers", "heads", "width", "context")}
+    millions = sum(p.numel() for p in GPT(GPTConfig(**shape)).parameters()) / 1e6
+    with pytest.raises(SystemExit):
+        main_job.main(["--help"])
+    assert f"{millions:.1f} million" in " ".join(capsys.readouterr().out.split()) and 10 <= millions <= 30
+
+
+def test_a_preset_reaches_every_stage(tmp_path, monkeypatch):
+    """The stages are stopped before they compute; what they were asked for is the preset's, with files of its data."""
+    seen = {}
+
+    class Stop(Exception):
+        pass
+
+    def stage(train, config):
+        seen[type(config)] = config
+        if isinstance(config, sft.SFTConfig):
+            raise Stop
+        return None, []
+    monkeypatch.setattr(main_job, "train_or_reuse", stage)
+    monkeypatch.setattr(main_job, "show_answers", lambda *_: None)
+    with pytest.raises(Stop):
+        main_job.main(["--preset", "gpu", "--run", str(tmp_path / "main"), "--device", "cpu"])
+    text, tuned = seen[pretrain.PretrainConfig], seen[sft.SFTConfig]
+    assert (text.layers, text.width, text.batch_size, text.steps) == (6, 384, 64, 2000)
+    assert (tuned.batch_size, tuned.lr) == (64, 1e-3)
+    for path in text.text, tuned.demonstrations:
+        assert Path(path).parent == tmp_path / "main/data" and Path(path).exists()
+    fields = {name: config.__dataclass_fields__ for name, config in [("reward_model", reward_model.RewardModelConfig),
+                                                                     ("compare", compare.CompareConfig)]}
+    assert all(option in fields[name] for name in fields for option in GPU[name])
+
+
+def test_the_comparison_hands_its_settings_to_the_loops(tmp_path, monkeypatch):
+    asked = []
+
+    def train(config):
+        asked.append(config)
+        raise KeyError
+    for name, (_, config_class, more) in compare.ALGORITHMS.items():
+        monkeypatch.setitem(compare.ALGORITHMS, name, (train, config_class, more))
+    config = compare.CompareConfig(run=str(tmp_path), data="elsewhere", max_new_tokens=56, lr_factor=0.5)
+    for name in "GRPO", "PPO":
+        with pytest.raises(KeyError):
+            compare.one_run(config, name, "learned", 1)
+        settings = asked[-1]
+        assert (settings.prompts, settings.max_new_tokens) == (str(Path("elsewhere/animals_train.jsonl")), 56)
+        assert settings.lr == 3e-4 and getattr(settings, "critic_lr", 2.5e-3) == 2.5e-3
+
+
+def test_chains_of_other_lengths_are_asked_for(data):
+    rows = [json.loads(line) for line in (data / "arithmetic_longer.jsonl").read_text().splitlines()]
+    assert {row["operations"] for row in rows} == {7}
