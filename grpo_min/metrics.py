@@ -129,3 +129,12 @@ def interval(values, resamples=1000):
     rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
     return [values.mean(), *np.percentile(means, [2.5, 97.5])]
+
+
+def agreement(right):
+    """n booleans -> "9 of 12, 75% (95% interval 47% to 91%)", with Wilson's interval (1927): the bootstrap of a few that
+    are all equal has no width."""
+    n, share, z = len(right), np.mean(right), 1.96
+    centre, half = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    low, high = (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
+    return f"{sum(right)} of {n}, {share:.0%} (95% interval {low:.0%} to {high:.0%})"
