@@ -54,10 +54,10 @@ def preference_loss(chosen, rejected):
 def keep_back(rows, share, seed):
     """Choices -> those to train on, those kept back: all that were made on a share of the prompts. Without a share,
     none are kept back. UserError if one side would be empty."""
+    require(0 <= share < 1, f"--holdout must be from 0 to below 1, not {share}")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     order = torch.randperm(len(prompts), generator=generator(seed, "holdout", rank=0)).tolist()
     kept = {prompts[i] for i in order[:round(share * len(prompts))]}
-    require(0 <= share < 1, f"--holdout must be from 0 to below 1, not {share}")
     require(bool(kept) == (share > 0) and len(kept) < len(prompts),
             f"--holdout {share}: {len(prompts)} prompts are too few")
     return [row for row in rows if row["prompt"] not in kept], [row for row in rows if row["prompt"] in kept]

@@ -36,9 +36,12 @@ def words(folder, **more):
         tiny.checkpoint(folder / "sft.pt")
         tiny.prompts(folder / "prompts.jsonl")
     options = dict(preferences=folder / "labels.jsonl", checkpoint=folder / "sft.pt", prompts=folder / "prompts.jsonl",
-                   pairs=6, repeat=0, max_new_tokens=24, device="cpu", **more)
-    return [word for name, value in {**options, **more}.items()
-            for word in ("--" + name.replace("_", "-"), str(value))]
+                   pairs=6, repeat=0, max_new_tokens=24, device="cpu")
+    return as_words(dict(options, **more))
+
+
+def as_words(options):
+    return [word for name, value in options.items() for word in ("--" + name.replace("_", "-"), str(value))]
 
 
 def rows(folder):
@@ -205,7 +208,9 @@ def sit(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("steady", [True, False])
 def test_some_pairs_come_again_exchanged_and_are_not_written_again(steady, sit, tmp_path):
-    views, text = sit((lambda view: "12"[view[1] > view[2]]) if steady else lambda view: "1", pairs=8, repeat=0.25)
+    def key(view):
+        return "12"[view[1] > view[2]] if steady else "1"
+    views, text = sit(key, pairs=8, repeat=0.25)
     again = [n for n, (prompt, a, b) in enumerate(views) if (prompt, b, a) in views[:n]]
     assert len(views) == 10 and len(again) == 2
     for n in again:
@@ -213,15 +218,14 @@ def test_some_pairs_come_again_exchanged_and_are_not_written_again(steady, sit, 
         assert n - views.index((prompt, b, a)) >= 4, "half a sitting later"
     expected = [view for n, view in enumerate(views) if n not in again]
     assert len(rows(tmp_path)) == len(expected) == 8
-    assert all(is_choice(row, view, "12"[view[1] > view[2]] if steady else "1")
-               for row, view in zip(rows(tmp_path), expected))
+    assert all(is_choice(row, view, key(view)) for row, view in zip(rows(tmp_path), expected))
     assert f"the same answer in {agreement([steady] * 2)}" in text and "10 choices in this sitting, 2 of them" in text
 
 
 def test_a_repeat_that_is_undone_leaves_the_file_and_one_that_was_skipped_never_comes(sit, tmp_path):
     views, text = sit("1112u2", pairs=4, repeat=0.5)                 # pairs 0, 1, 2, 0 again, 3, 1 again
     prompt, a, b = views[0]
-    assert views[3] == views[4] == (prompt, b, a)
+    assert views[3] == views[5] == (prompt, b, a)
     assert len(rows(tmp_path)) == 3 and f"the same answer in {agreement([True])}" in text
     (tmp_path / "labels.jsonl").unlink()
     views, text = sit("ssssss", pairs=4, repeat=0.5)
@@ -243,6 +247,7 @@ def test_schedule(count):
 def test_an_undo_that_fails_midway_loses_nothing(sit, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
+    words(tmp_path)                                                  # writes the checkpoint
     monkeypatch.setattr(runs.os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
         sit("12u")
@@ -271,7 +276,8 @@ def test_unsure_shows_the_smallest_margins_of_the_pool(sit, tmp_path, watch):
     path, sampled = tiny.reward_checkpoint(tmp_path / "r.pt"), watch(label, "sample_pairs")
     views, _ = sit("ssss", pick="unsure", reward_model=path, pool=5, pairs=4)
     (_, pool), reward = sampled[0], learned(load_model(path, "ScalarGPT"))
-    margins = sorted((abs(reward([p], [a])[0] - reward([p], [b])[0]), p, on_screen(a), on_screen(b)) for p, a, b in pool)
+    margins = sorted((abs(reward([p], [a])[0] - reward([p], [b])[0]), p, on_screen(a), on_screen(b))
+                     for p, a, b in pool)
     assert len(pool) == 20 and margins[-1][0] > margins[4][0] + 1e-3
     assert views == [tuple(row[1:]) for row in margins[:4]]
 
@@ -349,9 +355,9 @@ def test_a_mistake_is_one_line(options, named, tmp_path, monkeypatch, capsys):
 # --- a reward model of them ---------------------------------------------------------------------------------------
 
 def train(folder, **more):
-    options = dict(preferences=folder / "labels.jsonl", sft=folder / "sft.pt", run=folder / "run", steps=4, device="cpu",
-                   heldout=tiny.preferences(folder / "heldout.jsonl"), **more)
-    reward_model.main([word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", str(value))])
+    options = dict(preferences=folder / "labels.jsonl", sft=folder / "sft.pt", run=folder / "run", steps=4,
+                   heldout=tiny.preferences(folder / "heldout.jsonl"), device="cpu")
+    reward_model.main(as_words(dict(options, **more)))
 
 
 def test_a_reward_model_learns_from_a_few_choices_and_is_judged_on_others(sit, tmp_path, capsys, watch):
@@ -365,8 +371,8 @@ def test_a_reward_model_learns_from_a_few_choices_and_is_judged_on_others(sit, t
     train(tmp_path, holdout=0.3)
     out = capsys.readouterr().out
     ((model, back, path), _), = kept
-    reward = learned(model)
-    right = [reward([row["prompt"]], [row["chosen"]])[0] > reward([row["prompt"]], [row["rejected"]])[0] for row in back]
+    scores = [learned(model)([row["prompt"]] * 2, [row["chosen"], row["rejected"]]) for row in back]
+    right = [chosen > rejected for chosen, rejected in scores]
     assert 0 < len(back) < 8 and f"labels.jsonl it agrees in {agreement(right)}. That is" in out
     assert "by heart" not in out
     train(tmp_path, steps=21)
@@ -395,10 +401,11 @@ def test_shares_that_leave_nothing(share):
         reward_model.keep_back([dict(prompt=str(i)) for i in range(5)], share, 1)
 
 
-@pytest.mark.parametrize("right, verdict", [(5, "better"), (4, "not shown to be better"), (0, "not shown to be better")])
+@pytest.mark.parametrize("right, verdict", [(5, "better"), (4, "not shown to be better"),
+                                            (0, "not shown to be better")])
 def test_the_verdict_on_five_choices(right, verdict, monkeypatch, capsys):
     monkeypatch.setattr(reward_model, "learned", lambda _: lambda prompts, texts: [float(text) for text in texts])
-    kept = [dict(prompt="p", chosen="1", rejected="0" if i < right else "1") for i in range(5)]       # a tie is no success
+    kept = [dict(prompt="p", chosen="1", rejected="0" if i < right else "1") for i in range(5)]    # a tie is no success
     reward_model.report_kept_back(None, kept, "mine.jsonl")
     out = capsys.readouterr().out
     assert f"mine.jsonl it agrees in {right} of 5, " in out and f"That is {verdict} than tossing a coin." in out
