@@ -168,7 +168,7 @@ def main(argv=None):
     print(f"{path} holds {len(known)} choices. Each one that you make is added at once.")
     made = sit(path, turns)
     same = [made[n][0] == made[first][0] for n, (_, first) in enumerate(turns) if first is not None and n in made]
-    print(f"\n{len(made)} choices in this sitting, {len(same)} of them repeats; {path} holds "
+    print(f"\nChoices in this sitting: {len(made)}, of which repeats: {len(same)}. {path} holds "
           f"{len(known) + len(made) - len(same)}.")
     print(f"Shown a pair again, you chose the same answer in {agreement(same)}." if same else
           "No pair was chosen from twice: nothing is known about how far you agree with yourself.")
