@@ -129,3 +129,16 @@ def interval(values, resamples=1000):
     rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
     return [values.mean(), *np.percentile(means, [2.5, 97.5])]
+
+
+def wilson(right):
+    """[share, low, high]: the share of n booleans that are true and its 95% interval (Wilson, 1927). For few of them:
+    the bootstrap of values that are all equal has no width."""
+    n, share, z = len(right), float(np.mean(right)), 1.96
+    centre, half = share + z * z / (2 * n), z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return [share, *((centre + side * half) / (1 + z * z / n) for side in (-1, 1))]
+
+
+def agreement(right):
+    """n booleans in words: 9 of 12, 75% (95% interval 47% to 91%)."""
+    return "{} of {}, {:.0%} (95% interval {:.0%} to {:.0%})".format(sum(right), len(right), *wilson(right))

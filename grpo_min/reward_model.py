@@ -11,17 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.gold import ATTRIBUTES, FACTS, gold_score
-from grpo_min.metrics import interval
+from grpo_min.metrics import agreement, interval, wilson
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import plot_calibration
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, pad_completions, require_fit
-from grpo_min.runs import DATA, batch_rows, columns, fit, load_model, read_jsonl, save_file
+from grpo_min.runs import DATA, batch_rows, columns, fit, generator, load_model, read_jsonl, save_file
 from grpo_min.tokenizer import encode_completion, encode_prompt
+
+FIELDS = ["prompt", "chosen", "rejected"]
 
 
 @dataclass
@@ -33,8 +36,9 @@ class RewardModelConfig:
     preferences: str = option(str(DATA / "preferences.jsonl"), "JSONL with the fields prompt, chosen and rejected")
     heldout: str = option(str(DATA / "preferences_heldout.jsonl"),
                           "the same, with the fields animal and attribute, for the evaluation")
+    holdout: float = option(0.0, "share of the prompts in --preferences that are not trained on, but judged on")
     steps: int = option(2800, "updates")
-    batch_size: int = option(24, "pairs per update")
+    batch_size: int = option(24, "pairs per update (all, if there are fewer)")
     lr: float = option(2e-3, "peak learning rate")
     weight_decay: float = option(0.5, "AdamW's weight decay, so that the annotators' noise is not learnt by heart")
     warmup: int = option(100, "updates over which the learning rate rises")
@@ -47,21 +51,39 @@ def preference_loss(chosen, rejected):
     return -F.logsigmoid(chosen - rejected).mean()
 
 
+def keep_back(rows, share, seed):
+    """Choices -> those to train on, those kept back: all that were made on a share of the prompts. Without a share,
+    none are kept back. UserError if one side would be empty."""
+    require(0 <= share < 1, f"--holdout must be from 0 to below 1, not {share}")
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    order = torch.randperm(len(prompts), generator=generator(seed, "holdout", rank=0)).tolist()
+    kept = {prompts[i] for i in order[:round(share * len(prompts))]}
+    require(bool(kept) == (share > 0) and len(kept) < len(prompts),
+            f"--holdout {share}: {len(prompts)} prompts are too few")
+    return [row for row in rows if row["prompt"] not in kept], [row for row in rows if row["prompt"] in kept]
+
+
 def train(config):
     """Train -> the reward model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
     require(config.weight_decay >= 0, f"--weight-decay must be at least 0, not {config.weight_decay}")
     device = pick_device(config.device)
-    rows = read_jsonl(config.preferences, ["prompt", "chosen", "rejected"], config.batch_size)
+    rows = read_jsonl(config.preferences, FIELDS)
     sft = load_model(config.sft, "GPT", device)
     for side in "chosen", "rejected":
         require_fit(sft.config.context, [(len(encode_prompt(row["prompt"])), len(encode_completion(row[side])))
                                          for row in rows], config.preferences)
+    rows, _ = keep_back(rows, config.holdout, config.seed)
+    batch_size = min(config.batch_size, len(rows))
+    seen = config.steps * batch_size / len(rows)
+    if seen > 20:
+        print(f"note: {config.steps} updates see each of only {len(rows)} choices {seen:.0f} times and learn them by "
+              "heart, whatever the loss says: make more choices or fewer --steps, and see --holdout")
     model = ScalarGPT(sft.config).to(device)
     model.trunk.load_state_dict(sft.state_dict())
 
     def loss_at(step):
-        batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
+        batch = [rows[i] for i in batch_rows(len(rows), batch_size, config.seed, step)]
         prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
         # Two completions of each prompt, so that row 2 q is the chosen one and row 2 q + 1 the rejected one.
         ids, mask = pad_completions([row[side] for row in batch for side in ("chosen", "rejected")], device)
@@ -94,9 +116,19 @@ def judge(model, pairs):
                 shortfall=interval(ceiling - right), calibration=calibration)
 
 
+def report_kept_back(model, kept, path):
+    """Say how often a reward model agrees with choices from a file that it was not trained on."""
+    column, reward = columns(kept), learned(model)
+    chosen, rejected = (reward(column["prompt"], column[side]) for side in ("chosen", "rejected"))
+    right = [a > b for a, b in zip(chosen, rejected)]
+    print(f"\nWith choices kept back from {path} it agrees in {agreement(right)}. That is "
+          + ("not shown to be better" if wilson(right)[1] <= 0.5 else "better") + " than tossing a coin."
+          " Four times as many choices would halve the interval.")
+
+
 def read_heldout(path):
     """Held-out pairs, whose animals and attributes the hidden score must know."""
-    pairs = read_jsonl(path, ["prompt", "chosen", "rejected", "animal", "attribute"])
+    pairs = read_jsonl(path, FIELDS + ["animal", "attribute"])
     for number, row in enumerate(pairs, start=1):
         for name, known in ("animal", FACTS), ("attribute", ATTRIBUTES):
             require(row[name] in known, f"{path}, line {number}: the {name} \"{row[name]}\" is not in data/animals.csv")
@@ -123,8 +155,11 @@ def report(model, heldout, folder):
 def main(argv=None):
     config = parse(RewardModelConfig, argv)
     read_heldout(config.heldout)        # a mistake in it should not show after the training only
+    _, kept = keep_back(read_jsonl(config.preferences, FIELDS), config.holdout, config.seed)
     model, _ = train(config)
     report(model, config.heldout, config.run)
+    if kept:
+        report_kept_back(model, kept, config.preferences)
 
 
 if __name__ == "__main__":

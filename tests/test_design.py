@@ -93,7 +93,8 @@ def lines(path):
 def test_loops_and_package_stay_short():
     length = {name: len(lines(PACKAGE / f"{name}.py")) for name in MODULES}
     assert length["grpo"] <= 300 and length["ppo"] <= 380
-    assert sum(n for name, n in length.items() if name not in ("study", "report", "benchmark", "compare", "label", "__main__")) <= 2500
+    assert sum(n for name, n in length.items() if name not in
+               ("study", "report", "benchmark", "compare", "label", "__main__")) <= 2500
 
 
 def test_lines_are_at_most_120_characters_long():
