@@ -19,10 +19,8 @@ ASIDE = ("step", "completions", "memory_mb", "lr")      # columns that say nothi
 
 
 def run_page(folder):
-    """The page of a run folder, as text. UserError if the folder has no run, or a file that is not what it should be."""
-    data = json.dumps(run_data(Path(folder)), separators=(",", ":"))
-    # Within a script element only "<" could end the data early; everything else is shown as text by the script.
-    data = data.replace("<", "\\u003c")
+    """The page of a run folder, as text. UserError if there is no run, or a file of it is not what it should be."""
+    data = compact(run_data(Path(folder)))
     title = html.escape(Path(folder).resolve().name.encode(errors="replace").decode())
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("{{title}}", title).replace("{{data}}", data)
@@ -35,15 +33,19 @@ def run_data(folder):
     is_rl = "group_size" in settings
     samples = read_samples(folder / "samples.jsonl") if is_rl else []
     algorithm = ("PPO" if "critic" in settings else "GRPO") if is_rl else ""
-    rows_kept = thin(rows, math.ceil(len(rows) / MOST_POINTS))
-    data = dict(algorithm=algorithm, settings=settings, steps=len(rows), curve_steps=[row["step"] for row in rows_kept],
-                panels=panels(rows_kept, is_rl), scales=scales(samples))
-    steps = grouped(samples, settings.get("group_size"))
-    size = len(json.dumps(data))
+    kept = thin(rows, math.ceil(len(rows) / MOST_POINTS))
+    data = dict(algorithm=algorithm, settings=settings, steps=len(rows), curve_steps=[row["step"] for row in kept],
+                panels=panels(kept, is_rl), scales=scales(samples))
+    steps, every = grouped(samples, settings.get("group_size")), 1
     # Every k-th step, with the smallest k that fits, so that what is shown is spread evenly over the run.
-    every = next(k for k in range(1, len(steps) + 2)
-                 if k > len(steps) or size + len(json.dumps(thin(steps, k), separators=(",", ":"))) <= LIMIT)
-    return dict(data, shown=thin(steps, every), shown_every=every, shown_of=len(steps))
+    while every < len(steps) and len(compact(data)) + len(compact(thin(steps, every))) > LIMIT:
+        every += 1
+    return dict(data, shown=thin(steps, every), shown_every=every)
+
+
+def compact(data):
+    """As JSON that can stand in a script element: without "<", nothing in it can end that element early."""
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def thin(items, k):
@@ -75,7 +77,7 @@ def read_metrics(path):
             for row in reader:
                 row = {name: number(text) for name, text in row.items()}
                 rows.append({name: value if value == "" or math.isfinite(value) else "" for name, value in row.items()})
-                row["step"] + 0
+                rows[-1]["step"] + 0
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
     # A cell that is no number, a row with too few cells or too many, no column named step, bytes that are not UTF-8.
@@ -94,10 +96,11 @@ def read_samples(path):
         row.setdefault("tokens", [row["completion"]])
         lists = [row[name] for name in ("advantages", "values") if name in row]
         numbers = [row.get("reward"), row.get("advantage"), *(x for one in lists if isinstance(one, list) for x in one)]
-        require(type(row.get("step")) is int and all(type(x) in (int, float) and math.isfinite(x) for x in numbers)
+        require(type(row.get("step")) is int and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers)
                 and isinstance(row["tokens"], list) and all(isinstance(token, str) for token in row["tokens"])
                 and all(isinstance(one, list) and len(one) == len(row["tokens"]) for one in lists),
-                f"{path}, line {line}: not a sample (step, reward, advantage, and as many advantages and values as tokens)")
+                f"{path}, line {line}: not a sample (numbers step, reward, advantage; the list tokens; and where there "
+                "are lists advantages and values, a number for each token)")
     return samples
 
 
