@@ -33,9 +33,10 @@ def run_data(folder):
     is_rl = "group_size" in settings
     samples = read_samples(folder / "samples.jsonl") if is_rl else []
     algorithm = ("PPO" if "critic" in settings else "GRPO") if is_rl else ""
-    kept = thin(rows, math.ceil(len(rows) / MOST_POINTS))
+    curve_every = math.ceil(len(rows) / MOST_POINTS)
+    kept = thin(rows, curve_every)
     data = dict(algorithm=algorithm, settings=settings, steps=len(rows), curve_steps=[row["step"] for row in kept],
-                panels=panels(kept, is_rl), scales=scales(samples))
+                curve_every=curve_every, panels=panels(kept, is_rl), scales=scales(samples))
     steps, every = grouped(samples, settings.get("group_size")), 1
     # Every k-th step, with the smallest k that fits, so that what is shown is spread evenly over the run.
     while every < len(steps) and len(compact(data)) + len(compact(thin(steps, every))) > LIMIT:
@@ -107,14 +108,17 @@ def read_samples(path):
 # --- what is drawn ------------------------------------------------------------------------------------------------
 
 def panels(rows, is_rl):
-    """[{label, lines: {column: numbers, null where not measured}, main}]: the panels of curves.png first."""
-    listed = {name for names, _ in PANELS for name in names}
-    others = [name for name in rows[0] if name not in listed and name not in ASIDE and not name.startswith("seconds_")]
-    found = [dict(label=label, main=main, lines={name: [shorten(row.get(name, "")) for row in rows] for name in names
-                                                 if any(row.get(name, "") != "" for row in rows)})
-             for names, label, main in [*((names, label, True) for names, label in PANELS),
-                                        *(([name], name.replace("_", " "), not is_rl) for name in others)]]
-    return [panel for panel in found if panel["lines"]]
+    """[{label, main, lines: {column: numbers, null where not measured}}]: the panels of curves.png first."""
+    listed = [name for names, _ in PANELS for name in names]
+    others = [name for name in rows[0] if name not in [*listed, *ASIDE] and not name.startswith("seconds_")]
+    found = []
+    for names, label in [*PANELS, *(([name], name.replace("_", " ")) for name in others)]:
+        lines = {name: [shorten(row.get(name, "")) for row in rows] for name in names
+                 if any(row.get(name, "") != "" for row in rows)}
+        if lines:
+            label = label if len(lines) == len(names) else " and ".join(lines)
+            found.append(dict(label=label, main=not is_rl or names[0] in listed, lines=lines))
+    return found
 
 
 def shorten(value):

@@ -179,6 +179,13 @@ def test_curves_of_a_long_run_are_thinned(tmp_path):
     assert len(reward) == len(data["curve_steps"]) and reward[-1] == 500
 
 
+def test_panels_hold_what_was_measured_in_any_step():
+    rows = [dict(step=i, reward="", thinking=i / 2, seconds_update=1.0, gap="" if i else 0.123456) for i in range(3)]
+    assert page.panels(rows, is_rl=True) == [
+        dict(label="thinking", main=True, lines=dict(thinking=[0, 0.5, 1])),
+        dict(label="gap", main=False, lines=dict(gap=[0.1235, None, None]))]
+
+
 def test_strongest_colour_is_that_of_the_largest_advantages_but_for_outliers():
     rows = [dict(advantage=0.0, advantages=[x / 100 for x in range(-99, 100)], values=[x / 10 for x in range(199)])]
     assert page.scales(rows) == dict(advantage=pytest.approx(0.97, abs=0.011), low=pytest.approx(0.2, abs=0.011),
