@@ -172,7 +172,8 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
             drift = None if ref_logprobs is None else kl_estimate(rollout.logprobs, ref_logprobs, "k3")   # (B, N)
             row = rollout_metrics(rewards, texts, batch, rollout, config.group_size, drift)
             row.update(**average(updates), **(evaluate(policy, step) if evaluate else {}))
-            record(run, step, row, clock, shown_samples(texts, rewards, advantages, batch, config.group_size))
+            samples = shown_samples(texts, rewards, advantages, batch, rollout, config.group_size)
+            record(run, step, row, clock, samples)
         if run.folder:
             plot_curves(run.rows, run.folder / "curves.png")
     return policy, run.rows

@@ -24,6 +24,7 @@ import torch
 
 from grpo_min.ranks import mean_of_rows
 from grpo_min.rewards import correct
+from grpo_min.tokenizer import decode
 
 
 class Clock:
@@ -103,11 +104,23 @@ def log_line(row):
                       for name, form in shown if row[name] != "")
 
 
-def shown_samples(texts, rewards, advantages, batch, group_size, groups=1):
-    """The first groups of a step for samples.jsonl: prompt, completion, reward, advantage of its first token."""
-    return [dict(prompt=batch[b // group_size]["prompt"], completion=texts[b], reward=round(rewards[b].item(), 4),
-                 advantage=round(advantages[b, 0].item(), 4))
-            for b in range(groups * max(group_size, 4)) if b < len(texts)]
+def shown_samples(texts, rewards, advantages, batch, rollout, group_size, values=None, groups=3):
+    """The first groups of a step for samples.jsonl, a dict per completion: prompt, completion, reward, advantage of its
+    first token, its tokens as strings; with PPO's values (B, N) also the advantages and values of all its tokens.
+    """
+    lengths = rollout.length.tolist()
+
+    def rounded(numbers, b):
+        return [round(number, 4) for number in numbers[b, :lengths[b]].tolist()]
+    samples = []
+    for b in range(min(groups * group_size, len(texts))):
+        sample = dict(prompt=batch[b // group_size]["prompt"], completion=texts[b], reward=round(rewards[b].item(), 4),
+                      advantage=round(advantages[b, 0].item(), 4),
+                      tokens=[decode([token]) for token in rollout.completion_ids[b, :lengths[b]].tolist()])
+        if values is not None:
+            sample.update(advantages=rounded(advantages, b), values=rounded(values, b))
+        samples.append(sample)
+    return samples
 
 
 TROUBLE = [     # (column, is it trouble?, what it means)

@@ -236,7 +236,8 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
             actual, _ = gae(charged, torch.zeros_like(old_values), rollout.mask, config.gamma, 1.0)   # (B, N)
             row.update(explained_variance=explained_variance(old_values, actual, rollout.mask))
             row.update(**average(updates), **(evaluate(policy, step) if evaluate else {}))
-            record(run, step, row, clock, shown_samples(texts, rewards, advantages, batch, config.group_size))
+            samples = shown_samples(texts, rewards, advantages, batch, rollout, config.group_size, old_values)
+            record(run, step, row, clock, samples)
         if run.folder:
             plot_curves(run.rows, run.folder / "curves.png")
     return policy, run.rows

@@ -1,15 +1,21 @@
 """What is written about runs: the tables and the figure of a comparison, the page of answers, the pipeline's seconds.
 
+As a command, `python -m grpo_min.report runs/NAME`: one run as a page for the browser, which page.py makes.
 Memory of the model state is not measured but counted: `state_bytes`.
 """
 import json
 import os
+import sys
+from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from grpo_min.config import option, parse, require, run_command
 from grpo_min.metrics import peak_memory_mb
+from grpo_min.page import run_page
 from grpo_min.plots import finish, plt
 from grpo_min.ppo import PPOConfig
 from grpo_min.runs import save_file, write_csv
@@ -177,3 +183,30 @@ def pipeline_table(seconds, device):
              f"Peak memory of a process {max(peak_memory_mb(device, of) for of in (False, True)):.0f} MB, with up to "
              f"one process to a core; {machine(device)}, {date.today()}.", ""]
     return "\n".join(lines)
+
+
+# --- a page per run -----------------------------------------------------------------------------------------------
+
+@dataclass
+class ReportConfig:
+    """Write a run as one HTML page to watch in a browser: python -m grpo_min.report runs/NAME
+
+    The folder of the run comes first. The page has the curves and, from GRPO and PPO, a slider over the steps that
+    shows some of the sampled groups, their rewards, and the advantage (PPO: and the value) of each token.
+    """
+    out: str = option("", "HTML file to write; without it: report.html in the folder of the run")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    folders = [argument for argument in argv[:1] if not argument.startswith("-")]
+    config = parse(ReportConfig, argv[len(folders):])
+    require(folders, "name the folder of a run first: python -m grpo_min.report runs/NAME")
+    path = config.out or Path(folders[0]) / "report.html"
+    content = run_page(folders[0]).encode()
+    save_file(path, content)
+    print(f"wrote {path} ({len(content) / 1e6:.1f} MB): open it in a browser")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -17,10 +17,10 @@ FLOORS = [      # lowest first; a module imports from lower floors only
     {"ranks"}, {"tokenizer", "config", "gold", "variants"}, {"model"}, {"plots"}, {"runs", "rollout"}, {"rewards"},
     {"metrics"},
     {"pretrain", "sft", "reward_model", "evaluate", "sample", "label"}, {"grpo", "ppo"},
-    {"compare", "study", "report", "benchmark", "__main__"},
+    {"compare", "study", "report", "page", "benchmark", "__main__"},
 ]
 SAME_FLOOR = {("__main__", "compare"), ("study", "compare"), ("compare", "report"), ("study", "report"),
-              ("__main__", "report"), ("benchmark", "report")}
+              ("__main__", "report"), ("benchmark", "report"), ("report", "page")}
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")
 
 
@@ -93,8 +93,8 @@ def lines(path):
 def test_loops_and_package_stay_short():
     length = {name: len(lines(PACKAGE / f"{name}.py")) for name in MODULES}
     assert length["grpo"] <= 300 and length["ppo"] <= 380
-    assert sum(n for name, n in length.items() if name not in
-               ("study", "report", "benchmark", "compare", "label", "__main__")) <= 2500
+    around = ("study", "report", "benchmark", "compare", "page", "label", "__main__")    # not needed to understand a loop
+    assert sum(n for name, n in length.items() if name not in around) <= 2500
 
 
 def test_lines_are_at_most_120_characters_long():

@@ -531,7 +531,7 @@ def test_odd_characters_in_prompts_and_completions_can_be_resumed(odd, tmp_path)
         grpo.train(config, reward=stop_at(1, interrupt))
     grpo.train(dataclasses.replace(config, resume=True), reward=letter_e)
     lines = (tmp_path / "run/samples.jsonl").read_bytes().split(b"\n")
-    assert [json.loads(line)["step"] for line in lines if line] == [0] * 4 + [1] * 4 + [2] * 4
+    assert [json.loads(line)["step"] for line in lines if line] == [0] * 9 + [1] * 9 + [2] * 9
 
 
 @pytest.mark.parametrize("moment", ["show", "save", "checkpoint"])

@@ -77,8 +77,22 @@ def test_memory_is_in_megabytes(platform, unit, monkeypatch):
     assert metrics.peak_memory_mb(torch.device("cpu")) == 200
 
 
-def test_shown_samples_are_those_of_the_first_prompt(rollout):
-    shown = shown_samples(list("abcd"), torch.tensor([0.0, 1, 2, 3]), torch.arange(8.0).view(4, 2),
-                          [dict(prompt="p"), dict(prompt="q")], 2)
+def test_shown_samples_are_those_of_the_first_prompts(rollout):
+    rewards, advantages = torch.tensor([0.0, 1, 2, 3]), torch.arange(20.0).view(4, 5) / 3
+    batch = [dict(prompt="p"), dict(prompt="q")]
+    shown = shown_samples(list("abcd"), rewards, advantages, batch, rollout, 2)
     assert [(row["prompt"], row["completion"], row["reward"], row["advantage"]) for row in shown] == [
-        ("p", "a", 0, 0), ("p", "b", 1, 2), ("q", "c", 2, 4), ("q", "d", 3, 6)]
+        ("p", "a", 0, 0), ("p", "b", 1, 1.6667), ("q", "c", 2, 3.3333), ("q", "d", 3, 5)]
+    assert [row["tokens"] for row in shown] == [
+        ["1", "<|end|>"], ["<think>", " 1", "</think>", " 2", "<|end|>"], ["<|end|>"], ["1"]]
+    assert not any({"advantages", "values"} & row.keys() for row in shown)
+    assert len(shown_samples(list("abcd"), rewards, advantages, batch, rollout, 2, groups=1)) == 2
+
+
+def test_shown_samples_of_ppo_have_a_number_for_every_real_token(rollout):
+    values = -torch.arange(20.0).view(4, 5) / 3
+    shown = shown_samples(list("abcd"), torch.zeros(4), -values, [dict(prompt="p"), dict(prompt="q")], rollout, 2,
+                          values)
+    assert [row["values"] for row in shown] == [
+        [0, -0.3333], [-1.6667, -2, -2.3333, -2.6667, -3], [-3.3333], [-5]]
+    assert all(row["advantages"] == [-value for value in row["values"]] for row in shown)

@@ -138,7 +138,7 @@ def test_samples_show_the_readers_reward_and_the_advantage_that_was_used(loop, t
     config = settings(loop, tmp_path, steps=3, run=str(tmp_path / "run"), kl="k1", kl_in="reward", beta=0.5)
     loop.train(config, reward=letter_e, loss=loss)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
-    for sample, advantage in zip(samples[8:], used[2].tolist()):
+    for sample, advantage in zip(samples[18:], used[2].tolist()):
         assert sample["step"] == 2 and sample["reward"] == round(letter_e([], [sample["completion"]])[0], 4)
         assert sample["advantage"] == round(advantage, 4)
 
