@@ -210,7 +210,7 @@ def gpt2(of):
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=128, n_layer=of["layers"], n_head=of["width"] // 32, n_embd=of["width"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu", bos_token_id=1, eos_token_id=1,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=1, eos_token_id=1,
         pad_token_id=0))
 
 

@@ -4,6 +4,7 @@ Sampling with a cache, training with shared prompts and one plain sequence per r
 and with prompts of different lengths in a batch; padding must be as if it were not there.
 """
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -67,14 +68,14 @@ def test_depends_on_position(gpt):
 
 
 def test_equals_torch_layers(gpt):
-    """nn.TransformerEncoderLayer with norm_first and GELU is GPT-2's block: copy the weights and compare."""
+    """nn.TransformerEncoderLayer with norm_first and the tanh GELU is GPT-2's block: copy the weights and compare."""
     D, H = gpt.config.width, gpt.config.heads
     tokens, positions, norm = (copy.deepcopy(module) for module in (gpt.tokens, gpt.positions, gpt.norm))
     pairs = [(gpt.tokens, tokens), (gpt.positions, positions), (gpt.norm, norm)]
     layers = []
     for block in gpt.blocks:
-        layer = nn.TransformerEncoderLayer(D, H, 4 * D, dropout=0, activation=F.gelu, batch_first=True,
-                                           norm_first=True)
+        layer = nn.TransformerEncoderLayer(D, H, 4 * D, dropout=0, activation=partial(F.gelu, approximate="tanh"),
+                                           batch_first=True, norm_first=True)
         layer.self_attn.in_proj_weight.data = block.attention.qkv.weight.data.clone()
         layer.self_attn.in_proj_bias.data = block.attention.qkv.bias.data.clone()
         modules = [(block.attention.out, layer.self_attn.out_proj), (block.norm1, layer.norm1),
