@@ -106,8 +106,8 @@ def check(config):
     require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "minibatches", "lr", "max_grad_norm",
                      "clip_eps", "temperature", "max_new_tokens")
     require(config.clip_eps_high >= 0, f"--clip-eps-high must be at least 0, not {config.clip_eps_high}")
-    require(not config.scale_advantages or config.advantage in ("mean", "mean_std"), "--scale-advantages is "
-            f"--advantage mean_std: it does not go with --advantage {config.advantage}")
+    require(not config.scale_advantages or config.advantage in ("mean", "mean_std"),
+            f"--scale-advantages does not go with --advantage {config.advantage}: it is --advantage mean_std")
     require(config.group_size >= 2, f"--group-size {config.group_size}: a group needs at least 2 completions, since "
             "their mean is the baseline")
     require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
