@@ -91,7 +91,7 @@ def record(run, step, row, clock, samples):
     per_step, group_size = run.config.prompts_per_step * run.config.group_size, run.config.group_size
     row = mean_of_rows(dict(row, **clock.laps, memory_mb=peak_memory_mb(clock.device)), clock.device)
     dropped = sum(each.get("dropped", 0) for each in [*run.rows, row])
-    row.update(completions=(step + 1) * per_step + dropped * group_size)
+    row.update(completions=(step + 1) * per_step + int(dropped) * group_size)
     for name, is_trouble, meaning in TROUBLE:
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)
