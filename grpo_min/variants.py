@@ -121,13 +121,14 @@ RECIPES = {
                  dynamic_sampling=True),
     # 2503.20783, section 3.2: neither of the two divisors.
     "dr_grpo": dict(advantage="mean", aggregation="constant", beta=0.0),
-    # 2402.14740: a completion is one action; with one update per batch this is plain REINFORCE.
+    # 2402.14740: a completion is one action; with one update per batch this is plain REINFORCE. beta is the default.
     "rloo": dict(advantage="leave_one_out", aggregation="sum", kl="k1", kl_in="reward"),
     # 2507.18071, section 5.1. The paper leaves the KL out of its formulas; beta 0 as in TRL's settings for it.
     "gspo": dict(advantage="mean_std", aggregation="sequence", ratio="sequence", clip_eps=3e-4, clip_eps_high=4e-4,
                  beta=0.0),
-    # 2506.13585: no KL, and no lower bound, which is clip_eps 1. The upper one is not published: 4 here.
-    "cispo": dict(advantage="mean_std", aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=4.0, beta=0.0),
-    # 2501.03262: the KL is k1 in the reward. Aggregation as implemented here.
+    # 2506.13585: no KL, and no lower bound, which is clip_eps 1. The upper one is not published: weights up to 4 are
+    # the default of Tinker's documentation. The paper also samples dynamically: add --dynamic-sampling.
+    "cispo": dict(advantage="mean_std", aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=3.0, beta=0.0),
+    # 2501.03262: the KL is k1 in the reward. Aggregation and beta as implemented here.
     "reinforce++": dict(advantage="batch", aggregation="token", kl="k1", kl_in="reward"),
 }

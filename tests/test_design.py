@@ -111,8 +111,8 @@ def test_lines_are_at_most_120_characters_long():
 CRITIC = ["critic", "values", "value network", "value_", "gae", "returns", "whiten", "explained_variance",
           "at_last_token", "gamma", "lambda", "lam:", "ppo", "scalargpt"]
 BASELINE = ["group", "baseline", "grpo"]
-VARIANTS = ["variants", "aggregation", "advantage: str", "ratio: str", "clip_eps_high", "clip-eps-high", "advantage=None",
-            "config.advantage", "make_loss", "divisor", "refill", "dynamic", "dropped"]
+VARIANTS = ["variants", "aggregation", "advantage: str", "ratio: str", "clip_eps_high", "clip-eps-high",
+            "advantage=None", "config.advantage", "make_loss", "divisor", "refill", "dynamic", "dropped"]
 
 
 def without(names, text):

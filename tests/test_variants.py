@@ -177,8 +177,8 @@ def test_cispo_by_hand(advantage):
     loss, gradient = of_one_row("cispo", [0.5, 1.1, 3.0], advantage, aggregation="sum")
     assert close(gradient, [-0.8 * advantage, -1.1 * advantage, -1.2 * advantage])
     assert loss == pytest.approx(-advantage * (0.8 * math.log(0.5) + 1.1 * math.log(1.1) + 1.2 * math.log(3)))
-    _, gradient = of_one_row("cispo", [0.01, 5.0, 6.0], advantage, clip_eps=1.0, high=4.0, aggregation="sum")
-    assert close(gradient, [-0.01 * advantage, -5 * advantage, -5 * advantage])          # the recipe's bounds
+    _, gradient = of_one_row("cispo", [0.01, 5.0, 6.0], advantage, clip_eps=1.0, high=3.0, aggregation="sum")
+    assert close(gradient, [-0.01 * advantage, -4 * advantage, -4 * advantage])          # the recipe's bounds
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
@@ -291,7 +291,7 @@ PUBLISHED = {       # all that differs from the defaults
     "rloo": dict(advantage="leave_one_out", kl="k1", kl_in="reward"),
     "gspo": dict(advantage="mean_std", aggregation="sequence", ratio="sequence", clip_eps=3e-4, clip_eps_high=4e-4,
                  beta=0.0),
-    "cispo": dict(advantage="mean_std", aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=4.0, beta=0.0),
+    "cispo": dict(advantage="mean_std", aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=3.0, beta=0.0),
     "reinforce++": dict(advantage="batch", aggregation="token", kl="k1", kl_in="reward"),
 }
 
