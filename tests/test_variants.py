@@ -436,14 +436,12 @@ def test_it_ends_after_so_many_rounds(tmp_path, watch, monkeypatch):
 
 
 def test_draws_depend_on_seed_step_and_round_alone(tmp_path, watch):
-    texts = []
-    for seed in 1, 1, 2:
-        sampled = watch(grpo, "sample")
-        grpo.train(dynamic(tmp_path, seed=seed, steps=2, prompts_per_step=2, lr=1e-9), reward=hard())
-        texts.append([(prompts.texts, rollout.texts()) for (_, prompts, *_), rollout in sampled])
-    assert texts[0] == texts[1] != texts[2]
-    assert len({str(each) for each in texts[0]}) == len(texts[0]), "every round of every step draws anew"
-    assert texts[0][1][0] != texts[0][7][0], "other prompts in the next step"
+    sampled, generators = watch(grpo, "sample"), watch(grpo, "generator")
+    grpo.train(dynamic(tmp_path, seed=3, steps=2, prompts_per_step=4), reward=hard())
+    assert [arguments for arguments, _ in generators] == [
+        each for step in (0, 1) for each in ((3, step), ("3 refill", step), ("3 refill 0", step), ("3 refill 1", step))]
+    orders = [[text for (_, prompts, *_), _ in sampled[i + 1:i + 3] for text in prompts.texts] for i in (0, 3)]
+    assert len(sampled) == 6 and orders[0] != orders[1] and orders[0] != sorted(orders[0])
 
 
 def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
