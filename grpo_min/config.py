@@ -21,8 +21,11 @@ def option(default, help, choices=None):
     return dataclasses.field(default=default, metadata=dict(help=help, choices=choices))
 
 
-def parse(config_class, argv=None):
-    """Command line -> config. Every field is an option: `group_size: int = option(8, "...")` is --group-size 8."""
+def parse(config_class, argv=None, recipes={}):
+    """Command line -> config. Every field is an option: `group_size: int = option(8, "...")` is --group-size 8.
+
+    recipes: {name: {field: value}}; --recipe NAME sets these fields, and an option given beside it wins.
+    """
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for field in dataclasses.fields(config_class):
@@ -32,7 +35,21 @@ def parse(config_class, argv=None):
         if field.metadata["choices"]:
             kind.pop("metavar")
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **kind)
-    return config_class(**vars(parser.parse_args(argv)))
+    if recipes:
+        parser.add_argument("--recipe", choices=recipes, help="settings that belong together, see below")
+        parser.epilog = "recipes (an option given beside --recipe wins):\n" + "\n".join(
+            f"  {name:<12} {as_options(fields)}" for name, fields in recipes.items())
+    recipe = vars(parser.parse_args(argv)).get("recipe")
+    parser.set_defaults(**recipes.get(recipe, {}))
+    settings = vars(parser.parse_args(argv))
+    settings.pop("recipe", None)
+    return config_class(**settings)
+
+
+def as_options(fields):
+    """{clip_eps: 0.2, resume: True} -> --clip-eps 0.2 --resume"""
+    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+                    for name, value in fields.items())
 
 
 def require(condition, message):

@@ -19,6 +19,9 @@ from grpo_min.ranks import RANKS
 from grpo_min.rewards import load_reward, score
 from grpo_min.rollout import Prompts, frozen_logprobs, sample, split, token_logprobs
 from grpo_min.runs import DATA, Run, batch_rows, generator, load_model, optimizer_for, update
+from grpo_min.variants import ADVANTAGES, AGGREGATIONS, RATIOS, RECIPES, make_loss
+
+REFILLS = 10      # rounds of dynamic sampling, at most
 
 
 @dataclass
@@ -44,6 +47,13 @@ class GRPOConfig:
     kl: str = option("k3", "estimator of the KL (Schulman, 2020)", ["k1", "k2", "k3"])
     kl_in: str = option("loss", "where the KL is charged: in the loss, or in the reward (k1 only)", ["loss", "reward"])
     scale_advantages: bool = option(False, "divide the advantages by the group's standard deviation")
+    advantage: str = option("mean", "what a reward is compared with, and divided by", ["mean", *ADVANTAGES])
+    ratio: str = option("token", "what is clipped: a token's ratio, a sequence's, or CISPO's weight", list(RATIOS))
+    clip_eps_high: float = option(0.0, "the ratio counts up to 1 + clip_eps_high; 0: up to 1 + clip_eps")
+    aggregation: str = option("sum", "what a completion's sum over its tokens is divided by, in surrogate and KL: "
+                              "nothing, its length, the batch's mean length, the longest", list(AGGREGATIONS))
+    dynamic_sampling: bool = option(False, "groups of equal rewards make room for groups of other prompts, in at most "
+                                    f"{REFILLS} rounds")
     temperature: float = option(1.0, "sampling temperature; policy and reference are read at the same")
     max_new_tokens: int = option(40, "longest completion, in tokens")
     seed: int = option(1, "seed of the prompts' order and of the sampling")
@@ -95,6 +105,9 @@ def check(config):
     """A UserError for settings that cannot work."""
     require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "minibatches", "lr", "max_grad_norm",
                      "clip_eps", "temperature", "max_new_tokens")
+    require(config.clip_eps_high >= 0, f"--clip-eps-high must be at least 0, not {config.clip_eps_high}")
+    require(not config.scale_advantages or config.advantage in ("mean", "mean_std"),
+            f"--scale-advantages does not go with --advantage {config.advantage}: it is --advantage mean_std")
     require(config.group_size >= 2, f"--group-size {config.group_size}: a group needs at least 2 completions, since "
             "their mean is the baseline")
     require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
@@ -104,12 +117,43 @@ def check(config):
             "wrong gradients")
 
 
-def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=kl_estimate, model=None,
+def refill(config, policy, reward, rows, step, batch, rollout, rewards, clock):
+    """Dynamic sampling (DAPO 2503.14476, section 3.2): groups of equal rewards make room for groups of other prompts.
+
+    All of them in each round, until there is none, or REFILLS rounds are over, or every prompt has had its turn; what
+    is still equal then stays. What is drawn depends on seed, step and round alone.
+    -> batch, prompts, rollout, rewards and texts as they are now, and how many groups were dropped.
+    """
+    G, batch, dropped = config.group_size, list(batch), 0
+    had = set(batch_rows(len(rows), config.prompts_per_step, config.seed, step))
+    order = torch.randperm(len(rows), generator=generator(f"{config.seed} refill", step)).tolist()
+    others = [rows[i] for i in order if i not in had]
+    for number in range(REFILLS):
+        groups = rewards.view(-1, G)                                                          # (Q, G)
+        equal = (groups == groups[:, :1]).all(dim=1).nonzero().flatten().tolist()[:len(others)]   # n of the Q
+        if not equal:
+            break
+        fresh, others, dropped = others[:len(equal)], others[len(equal):], dropped + len(equal)
+        clock.lap("score")
+        new = sample(policy, Prompts.from_texts([row["prompt"] for row in fresh], rewards.device), G,
+                     config.max_new_tokens, config.temperature, generator(f"{config.seed} refill {number}", step))
+        clock.lap("sample")
+        at = torch.tensor([q * G + g for q in equal for g in range(G)], device=rewards.device)    # (n * G,)
+        rewards = rewards.index_copy(0, at, score(reward, fresh, new, G)[0])                  # (B,)
+        rollout = rollout.with_rows(at, new)
+        for q, row in zip(equal, fresh):
+            batch[q] = row
+    prompts = Prompts.from_texts([row["prompt"] for row in batch], rewards.device)
+    return batch, prompts, rollout, rewards, rollout.texts(), dropped
+
+
+def train(config, reward=None, advantage=None, loss=None, kl=kl_estimate, model=None,
           evaluate=None):
     """GRPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
     functions of this file; model is trained in place of config.sft; evaluate(policy, step) -> dict joins its row.
+    Where advantage or loss is not given, config says whether it is this file's or one of variants.py.
     """
     check(config)
     device = pick_device(config.device)
@@ -118,6 +162,9 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
     optimizer = optimizer_for(policy, config.lr)
     reward, rows, files = load_reward(config, reward, policy.config.context, device)
     inputs = files if model is not None else [config.sft, *files]
+    advantage = advantage or {"mean": group_advantages, **ADVANTAGES}[config.advantage]
+    divisor, parts = AGGREGATIONS[config.aggregation], (config.ratio, config.aggregation, config.clip_eps_high)
+    loss = loss or (policy_loss if parts == ("token", "sum", 0) else make_loss(*parts, config.max_new_tokens))
     with Run(config, inputs, dict(policy=policy, optimizer=optimizer)) as run:
         for step in range(run.first_step, config.steps):
             clock = Clock(device)
@@ -133,6 +180,9 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
 
             # --- 3. score them -------------------------------------------------------------------------------------
             rewards, texts = score(reward, batch, rollout, config.group_size)                 # (B,)
+            if config.dynamic_sampling:
+                batch, prompts, rollout, rewards, texts, dropped = refill(
+                    config, policy, reward, rows, step, batch, rollout, rewards, clock)
             old_logprobs, ref_logprobs = None, None
             if config.beta > 0:
                 ref_logprobs = frozen_logprobs(reference, prompts, rollout, config.temperature, config.minibatches)
@@ -162,15 +212,17 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
                     objective = loss(logprobs, old, advantages[b], mask, config.clip_eps)
                     if config.beta > 0 and config.kl_in == "loss":
                         penalty = kl(logprobs, ref_logprobs[b], config.kl)                    # (b, N)
+                        penalty = penalty / divisor(mask, config.max_new_tokens)              # (b, N)
                         objective = objective + config.beta * (penalty * mask).sum(dim=1).mean()
                     norm = update(run, policy, optimizer, objective, config.max_grad_norm)
                     updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy,
-                                                  part[2], config.clip_eps))
+                                                  part[2], config.clip_eps, config.clip_eps_high, config.ratio))
                     clock.lap("update")
 
             # --- 7. repeat -----------------------------------------------------------------------------------------
             drift = None if ref_logprobs is None else kl_estimate(rollout.logprobs, ref_logprobs, "k3")   # (B, N)
             row = rollout_metrics(rewards, texts, batch, rollout, config.group_size, drift)
+            row.update(dict(dropped=dropped * RANKS) if config.dynamic_sampling else {})      # record means over ranks
             row.update(**average(updates), **(evaluate(policy, step) if evaluate else {}))
             samples = shown_samples(texts, rewards, advantages, batch, rollout, config.group_size)
             record(run, step, row, clock, samples)
@@ -180,7 +232,7 @@ def train(config, reward=None, advantage=group_advantages, loss=policy_loss, kl=
 
 
 def main(argv=None):
-    train(parse(GRPOConfig, argv))
+    train(parse(GRPOConfig, argv, RECIPES))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@
 | kl | KL(policy || reference), nats per completion, estimated by k3 |
 | entropy | of the policy's next-token distribution, nats per token (GRPO with beta 0: where there is an advantage) |
 | loss, grad_norm | of the policy, mean over the updates of the step; the norm is the one before clipping |
-| clip_low, clip_high | share of tokens whose ratio is below 1 - clip_eps or above 1 + clip_eps |
+| clip_low, clip_high | share of tokens whose ratio is below 1 - clip_eps or above 1 + clip_eps (or clip_eps_high) |
 | gap | largest difference between the sampler's and the trainer's log-probability of a token |
 | explained_variance | PPO: share of the variance of the actual returns that the critic's values explain |
 | completions | completions sampled since the start |
+| dropped | with dynamic sampling: groups of this step that others replaced; all else in a row is of those kept |
 | seconds_* | wall-clock by phase; memory_mb: peak memory (CUDA: allocated; else: of the process) |
 """
 import resource
@@ -25,6 +26,7 @@ import torch
 from grpo_min.ranks import mean_of_rows
 from grpo_min.rewards import correct
 from grpo_min.tokenizer import decode
+from grpo_min.variants import log_ratio
 
 
 class Clock:
@@ -68,13 +70,14 @@ def rollout_metrics(rewards, texts, batch, rollout, group_size, kl):
                 kl=kl.sum(dim=1).mean().item() if kl is not None else "")
 
 
-def update_metrics(loss, norm, logprobs, old_logprobs, sampled, entropy, mask, clip_eps):
+def update_metrics(loss, norm, logprobs, old_logprobs, sampled, entropy, mask, clip_eps, clip_eps_high=0.0,
+                   ratio="token"):
     """Of one update: logprobs, old_logprobs, the sampler's, entropy, mask (b, N) -> {column: number}."""
     tokens = mask.sum().clamp(min=1)
-    ratio = (logprobs.detach() - old_logprobs).exp()                                          # (b, N)
+    ratio = log_ratio(logprobs.detach(), old_logprobs, mask, ratio).exp()                     # (b, N) or (b, 1)
     return dict(loss=loss.item(), grad_norm=norm, entropy=(entropy.sum() / tokens).item(),
                 clip_low=((ratio < 1 - clip_eps) & mask).sum().item() / tokens.item(),
-                clip_high=((ratio > 1 + clip_eps) & mask).sum().item() / tokens.item(),
+                clip_high=((ratio > 1 + (clip_eps_high or clip_eps)) & mask).sum().item() / tokens.item(),
                 gap=((old_logprobs - sampled) * mask).abs().max().item())
 
 
@@ -86,9 +89,10 @@ def average(updates):
 
 def record(run, step, row, clock, samples):
     """Complete a row with seconds, memory and completions, warn of trouble, and hand it to the run."""
-    per_step = run.config.prompts_per_step * run.config.group_size
+    per_step, group_size = run.config.prompts_per_step * run.config.group_size, run.config.group_size
     row = mean_of_rows(dict(row, **clock.laps, memory_mb=peak_memory_mb(clock.device)), clock.device)
-    row.update(completions=(step + 1) * per_step)
+    dropped = sum(each.get("dropped", 0) for each in [*run.rows, row])
+    row.update(completions=(step + 1) * per_step + int(dropped) * group_size)
     for name, is_trouble, meaning in TROUBLE:
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)

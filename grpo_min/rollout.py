@@ -46,6 +46,16 @@ class Rollout:
         rows = zip(self.completion_ids.tolist(), self.length.tolist(), self.finished.tolist())
         return [decode(ids[:length - finished]) for ids, length, finished in rows]
 
+    def with_rows(self, at, new):
+        """This rollout with the n rows of another in place of its rows number at (n,)."""
+        N = max(self.mask.shape[1], new.mask.shape[1])
+
+        def put(old, new, filler):
+            old, new = (F.pad(x, (0, N - x.shape[1]), value=filler) for x in (old, new))      # (B, N), (n, N)
+            return old.index_copy(0, at, new)
+        return Rollout(put(self.completion_ids, new.completion_ids, PAD), put(self.mask, new.mask, False),
+                       put(self.logprobs, new.logprobs, 0.0), self.finished.index_copy(0, at, new.finished))
+
 
 def pad(sequences, device="cpu"):
     """Lists of ids -> ids (n, longest) right-padded with PAD, and their lengths (n,)."""
