@@ -8,8 +8,8 @@ nothing else between them, measured in the same turn, and against a limit, what 
 this machine reaches on large matrices or, where that is longer, reading and writing memory once.
 
 --against trl does TRL's GRPO on the same work in the same run, where TRL is installed (it is not required): a model of
-the same shape and vocabulary, prompts of as many tokens, completions of as many tokens. Transformers' generate(), with a cache,
-samples as many completions.
+the same shape and vocabulary, prompts of as many tokens, completions of as many tokens. Transformers' generate() samples
+as many completions.
 """
 import contextlib
 import io
@@ -108,6 +108,12 @@ def products(layers, width, prompts, group_size, new, prompt_length):
     return dict(sample=sample, score=score, update=with_gradient(score), critic=trunk + with_gradient(trunk))
 
 
+def unshared(of, prompt_length):
+    """The matrix products of sampling where every prompt is run once per completion, as others do."""
+    rows = of["prompts"] * of["group_size"]
+    return products(**dict(of, prompts=rows, group_size=1), prompt_length=prompt_length)["sample"]
+
+
 def operations(products):
     """Floating-point operations: 2 for each multiplication."""
     return sum(2 * times * batch * m * k * n for times, batch, m, k, n in products)
@@ -167,7 +173,8 @@ def measure(config):
         for record, take in zip(records, turns):
             record["rows"] += take()
             record["alone"].append({phase: seconds_alone(of_phase, device) for phase, of_phase in
-                                    products(**record["work"], prompt_length=prompt_length).items()})
+                                    {**products(**record["work"], prompt_length=prompt_length),
+                                     "unshared": unshared(record["work"], prompt_length)}.items()})
     rate, bandwidth = map(max, zip(*best))
     for record in records:
         of, rows, alone = record["work"], record.pop("rows"), record.pop("alone")
@@ -180,6 +187,8 @@ def measure(config):
         counted = products(**of, prompt_length=prompt_length)
         record["share_of_products"] = {phase: float(np.median([turn[phase] for turn in alone])) / seconds
                                        for phase, seconds in ours.items()}
+        if "sample" in ours:
+            record["share_of_unshared"] = float(np.median([turn["unshared"] for turn in alone])) / ours["sample"]
         record["share_of_limit"] = {phase: least_seconds(counted[phase], rate, bandwidth) / seconds
                                     for phase, seconds in ours.items()}
         record["tokens_per_second"] = of["prompts"] * of["group_size"] * of["new"] / record["step"][0]
@@ -210,8 +219,8 @@ def gpt2(of):
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=VOCAB_SIZE, n_positions=128, n_layer=of["layers"], n_head=of["width"] // 32, n_embd=of["width"],
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=1, eos_token_id=1,
-        pad_token_id=0))
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, activation_function="gelu_pytorch_tanh", bos_token_id=1,
+        eos_token_id=1, pad_token_id=0))
 
 
 def random_prompts(count):
@@ -286,6 +295,12 @@ def trl_steps(config, of):
     return steps
 
 
+def of_sampling(record):
+    """Tokens per second of the sampling alone."""
+    of = record["work"]
+    return of["prompts"] * of["group_size"] * of["new"] / record["seconds"]["sample"]
+
+
 def tables(records, best, device):
     """The records as Markdown."""
     lines = table_row(["", "layers x width", "prompts x completions x tokens", *(f"{phase} (s)" for phase in PHASES),
@@ -313,6 +328,11 @@ def tables(records, best, device):
             lines += ["", who + " on {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
                       "{width} ".format(**record["work"]) +
                       f"takes {record['step'][0] / own:.2f} times as long as {what}."]
+        elif record["name"] == "GRPO" and record["work"] in (BASE, SMALL_GPT2):
+            lines += ["", "Sampling {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
+                      "{width}: ".format(**record["work"]) + f"{of_sampling(record):.0f} tokens per second. Where each prompt is "
+                      "run once per completion, the matrix products alone would take "
+                      f"{record['share_of_unshared']:.0%} of our time."]
     rate, bandwidth = zip(*best)
     lines += ["", "Median (lowest to highest). Products alone: the share of a phase that its matrix products take when "
               "nothing else is done. Limit: the share that they would take at the best rate and bandwidth seen here, "

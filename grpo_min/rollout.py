@@ -238,7 +238,10 @@ class GraphDecoder:
                        self.logprobs[:, :used].clone(), self.finished.clone())
 
 
-graph_decoder = functools.lru_cache(maxsize=4)(GraphDecoder)     # recording takes longer than a batch: once per shape
+@functools.lru_cache(maxsize=4)
+def graph_decoder(*settings):
+    """A GraphDecoder of these settings; recording takes longer than a batch, so one is kept for the next."""
+    return GraphDecoder(*settings)
 
 
 def recorded(work):

@@ -4,6 +4,11 @@ tuning: what learning rate and critic suit each algorithm. Every setting is one 
 arithmetic task from the same SFT weights, judged on the validation prompts, which nothing else uses. Runs that are
 there with the same settings are used again. Writes tutorials/results/tuning.csv and tuning.md.
 
+baselines, group_size, recipes, length: what difference a part of GRPO makes to learning on the arithmetic task, at
+equally many completions per step, judged on the validation prompts, with at least 3 seeds. Each writes NAME.csv (a row
+per run), NAME-curves.csv (a row per step), NAME.md (the table, and what it says in words) and NAME.png into
+tutorials/results.
+
 threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
 processes as there are cores. Writes tutorials/results/threads.md.
 
@@ -11,6 +16,7 @@ publish: copies what `python -m grpo_min`, and then perhaps `python -m grpo_min.
 more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README. If the
 job was done once more, into runs/again, its seconds and what it reached are published, too.
 """
+import functools
 import json
 import multiprocessing
 import os
@@ -29,11 +35,14 @@ import torch.nn.functional as F
 from grpo_min import grpo, runs, sft
 from grpo_min.compare import ALGORITHMS, beside_each_other, train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
-from grpo_min.evaluate import evaluate, held_out
+from grpo_min.evaluate import answers, evaluate, held_out
+from grpo_min.plots import finish, plt
 from grpo_min.pretrain import pack, read_documents
 from grpo_min.report import machine, spread, table_row
 from grpo_min.reward_model import judge
+from grpo_min.rewards import correct
 from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
+from grpo_min.variants import RECIPES
 
 CHECKPOINTS = [("pretrain", "base", "GPT"), ("sft", "sft", "GPT"), ("reward_model", "reward_model", "ScalarGPT")]
 RESULTS = Path(__file__).parent.parent / "tutorials" / "results"
@@ -43,13 +52,25 @@ PPO_SETTINGS = [dict(), dict(lr=1e-4), dict(lr=1e-3), dict(critic_lr=1e-3), dict
                 dict(critic_warmup=10), dict(lam=1.0), dict(scale_advantages=True)]
 
 
+LEARNING = {     # study: (what is compared, settings that all share, {label: settings}); the first label is the default
+    "baselines": ("advantage", {}, {name: dict(advantage=name) for name in
+                                    ["mean", "none", "batch", "leave_one_out", "mean_std"]}),
+    "group_size": ("prompts x completions", {}, {f"{128 // G} x {G}": dict(prompts_per_step=128 // G, group_size=G)
+                                                 for G in [8, 2, 4, 16, 32, 64]}),
+    "recipes": ("recipe", dict(minibatches=4), {"default": {}, **RECIPES}),
+    "length": ("aggregation", {}, {name: dict(aggregation=name)
+                                   for name in ["sum", "sequence", "token", "constant"]}),
+}
+SHARED = dict(steps=40, prompts_per_step=16, group_size=8)       # 128 completions per step
+
+
 @dataclass
 class StudyConfig:
     """Run a study and write its results as CSV and as a Markdown table. The name of the study comes first."""
     run: str = option("runs/study", "folder for the runs")
     out: str = option(str(RESULTS), "folder for the results")
-    seeds: int = option(1, "seeds of each setting")
-    steps: int = option(0, "batches per run; 0: the default of each algorithm")
+    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 where learning is compared")
+    steps: int = option(0, "batches per run; 0: the study's, or the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
     eval_prompts: int = option(1000, "validation prompts per evaluation")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
@@ -62,7 +83,7 @@ def tuning(config):
         rows = [begin(one_setting, config, name, changes, seed)
                 for name, all_settings in [("GRPO", GRPO_SETTINGS), ("PPO", PPO_SETTINGS)]
                 for changes in (all_settings[:2] if config.quick else all_settings)
-                for seed in range(1, config.seeds + 1)]
+                for seed in range(1, (config.seeds or 1) + 1)]
         rows = [row.result() for row in rows]
     out = Path(config.out)
     make_folder(out)
@@ -93,6 +114,83 @@ def one_setting(config, name, changes, seed):
                 explained_variance_best=best_of(metrics, "explained_variance"),
                 explained_variance_end=last_of(metrics, "explained_variance"),
                 seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
+
+
+def learning(config, name):
+    """Train each of a study's settings with each seed, and write what they reached and how."""
+    what, shared, settings = LEARNING[name]
+    settings = dict(list(settings.items())[:2]) if config.quick else settings
+    with beside_each_other(pick_device(config.device)) as begin:
+        runs = {label: [begin(one_learning_run, config, name, label, {**SHARED, **shared, **changes}, seed)
+                        for seed in range(1, (config.seeds or 3) + 1)] for label, changes in settings.items()}
+        runs = {label: [run.result() for run in of_label] for label, of_label in runs.items()}
+    out = Path(config.out)
+    make_folder(out)
+    write_csv(out / f"{name}.csv", [row for of_label in runs.values() for row, _ in of_label])
+    write_csv(out / f"{name}-curves.csv", [row for of_label in runs.values() for _, curve in of_label for row in curve])
+    forms = [("accuracy", "{:.1%}"), ("thinking", "{:.1%}"), ("kl", "{:.2f}"), ("length", "{:.1f}"),
+             ("length_wrong", "{:.1f}"), ("grad_norm", "{:.2f}"), ("completions", "{:.0f}"), ("seconds", "{:.0f}")]
+    lines = table_row([what, "accuracy (validation)", "thinking", "KL (nats)", "length (tokens)", "length of wrong "
+                       "answers", "gradient norm", "completions", "seconds"]) + table_row(["---"] * 9)
+    for label, of_label in runs.items():
+        lines += table_row([label, *(spread([row[key] for row, _ in of_label], form) for key, form in forms)])
+    steps, seeds = len(next(iter(runs.values()))[0][1]), len(next(iter(runs.values())))
+    lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are means of "
+              f"the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.", "",
+              in_words({label: [row["accuracy"] for row, _ in of_label] for label, of_label in runs.items()})]
+    save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
+    plot_learning(what, runs, out / f"{name}.png")
+    print("\n" + "\n".join(lines))
+
+
+def one_learning_run(config, study, label, changes, seed):
+    """Train GRPO with these settings -> a row of what it reached, and rows of how, one per step."""
+    folder = Path(config.run) / f"{study}-{label}-{seed}".replace(" ", "")
+    settings = grpo.GRPOConfig(**{**dict(run=str(folder), sft=config.sft, seed=seed, device=config.device), **changes,
+                                  **(dict(steps=config.steps) if config.steps else {})})
+    policy, metrics = train_or_reuse(grpo.train, settings)
+    rows = held_out("arithmetic", "val", config.eval_prompts)
+    figures = evaluate(policy, "arithmetic", rows)
+    texts, finished, lengths = answers(policy, [row["prompt"] for row in rows], 4, 1.0)
+    right = correct(texts, texts, [row["answer"] for row in rows for _ in range(4)], finished)
+    wrong = [length for length, is_right in zip(lengths, right) if not is_right]
+    reached = dict(setting=label, seed=seed, accuracy=figures["accuracy"][0], thinking=figures["thinking"][0],
+                   kl=last_of(metrics, "kl"), length=last_of(metrics, "length"),
+                   length_wrong=float(np.mean(wrong)) if wrong else None, grad_norm=last_of(metrics, "grad_norm"),
+                   completions=metrics[-1]["completions"],
+                   seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
+    kept = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "equal_groups", "clip_high"]
+    return reached, [dict(setting=label, seed=seed, **{key: row.get(key, "") for key in kept}) for row in metrics]
+
+
+def in_words(accuracy):
+    """{setting: accuracy of each seed}, the default first -> what that says, in plain words."""
+    (default, of_default), *others = accuracy.items()
+    text = {label: f"`{label}` ({spread(values, '{:.1%}')})" for label, values in accuracy.items()}
+    above = [text[label] for label, values in others if min(values) > max(of_default)]
+    below = [text[label] for label, values in others if max(values) < min(of_default)]
+    rest = [f"`{label}`" for label, values in others if text[label] not in above + below]
+    said = [f"The default, {text[default]}, was beaten by every seed of {', '.join(above)}." if above else
+            f"Nothing was better than the default, {text[default]}, with every seed."]
+    said += [f"Worse with every seed: {', '.join(below)}."] if below else []
+    said += [f"The seeds of {', '.join(rest)} overlap with the default's: no difference was shown."] if rest else []
+    return " ".join(said) + f" With {len(of_default)} seeds, that is little to go by where settings are close."
+
+
+def plot_learning(what, runs, path):
+    """Accuracy along the runs, mean of the seeds over windows of five steps, and what each seed reached at the end."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[3, 2])
+    for position, (label, of_label) in enumerate(runs.items()):
+        curves = np.array([windows(curve, "accuracy", 5) for _, curve in of_label])                 # (seeds, steps - 4)
+        x = np.mean([[row["completions"] for row in curve] for _, curve in of_label], axis=0)[-curves.shape[1]:]
+        line, = left.plot(x, curves.mean(0), label=label)
+        left.fill_between(x, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color(), lw=0)
+        right.plot([row["accuracy"] for row, _ in of_label], [position] * len(of_label), "o", color=line.get_color())
+    left.set(xlabel="completions sampled", ylabel="accuracy in training (band: lowest to highest seed)")
+    left.legend(frameon=False, title=what)
+    right.set(xlabel="validation accuracy after training, each seed", yticks=range(len(runs)), yticklabels=list(runs))
+    right.invert_yaxis()
+    finish(figure, path)
 
 
 def windows(metrics, name, length=10):
@@ -211,7 +309,8 @@ def fill_in(text):
                   lambda match: f"[banner {match[1]}](grpo_min/grpo.py#L{lines[match[1]]})", text)
 
 
-STUDIES = {"tuning": tuning, "threads": threads, "publish": publish}
+STUDIES = {"tuning": tuning, "threads": threads, "publish": publish,
+           **{name: functools.partial(learning, name=name) for name in LEARNING}}
 
 
 def main(argv=None):

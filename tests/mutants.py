@@ -104,8 +104,8 @@ MUTANTS = [Mutant(*row) for row in [
      "minibatches)]",
      "parts = [token_logprobs(policy, *part, 1.0)[0] for part, _ in split(prompts, rollout, minibatches)]",
      "loops::reference_does_not_move[loss-1-grpo]"),
-    (5, "rollout", "token = inverse_cdf(probs, uniforms[rows, t])",
-     "token = inverse_cdf(probs * (probs >= probs.topk(5)[0][:, -1:]), uniforms[rows, t])",
+    (5, "rollout", "token = inverse_cdf(probs, uniforms)",
+     "token = inverse_cdf(probs * (probs >= probs.topk(5)[0][:, -1:]), uniforms)",
      "rollout::frequencies_match_the_policy[1.0]"),
 
     (6, "grpo", "rewards, texts = score(reward, batch, rollout, config.group_size)",

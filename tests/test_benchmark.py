@@ -15,6 +15,7 @@ from grpo_min import benchmark, ppo, report, study
 from grpo_min.config import UserError
 from grpo_min.model import ScalarGPT
 from grpo_min.rollout import Prompts, sample, token_logprobs
+from grpo_min.tokenizer import VOCAB_SIZE
 from tests.tiny import LOOPS, letter_e, settings
 
 WORK = dict(layers=2, width=64, prompts=4, group_size=3, new=6)
@@ -50,6 +51,14 @@ def test_limits_by_hand():
     assert benchmark.operations(products) == 3 * 2 * 2 * 10 * 20 * 30 + 2 * 1000 * 1000
     # The first is bound by the rate: 72,000 operations against 3 * 4 * 2 * 1,100 = 26,400 bytes; the second by memory.
     assert benchmark.least_seconds(products, rate=1.0, bandwidth=1.0) == 72_000 + 4 * (1000 + 1000 * 1000 + 1000)
+
+
+def test_a_prompt_run_once_per_completion_is_counted_so():
+    """G - 1 more runs of each prompt, and nothing else."""
+    operations = {new: benchmark.operations(benchmark.products(**dict(WORK, new=new), prompt_length=9)["sample"])
+                  for new in (1, 6)}
+    prompts = operations[1] - 2 * 4 * 3 * 64 * VOCAB_SIZE              # one new token: the prompts and the head alone
+    assert benchmark.operations(benchmark.unshared(WORK, 9)) == operations[6] + 2 * prompts
 
 
 def test_a_quick_run_writes_table_figure_and_json(tmp_path, capsys):

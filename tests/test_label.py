@@ -57,6 +57,13 @@ def is_choice(row, view, key):
 
 # --- at a terminal ------------------------------------------------------------------------------------------------
 
+def take_terminal():
+    """In the new process: the pseudo-terminal is its own, and what ends a process does, even if the tests ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    for number in signal.SIGINT, signal.SIGHUP:
+        signal.signal(number, signal.SIG_DFL)
+
+
 class Terminal:
     """A sitting in a process of its own, whose controlling terminal is a pseudo-terminal; `text` is what it printed."""
 
@@ -65,7 +72,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "grpo_min.label", *words(folder, **more)], stdin=slave, stdout=slave, stderr=slave,
             cwd=folder, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"),
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+            start_new_session=True, preexec_fn=take_terminal)
         os.close(slave)
         self.text = ""
 

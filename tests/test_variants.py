@@ -380,7 +380,7 @@ def trained_prompts(config, reward, watch):
     """The prompts of the trained batch of every step, and the rows of metrics."""
     calls = watch(grpo, "shown_samples")
     _, rows = grpo.train(config, reward=reward)
-    return [[row["prompt"] for row in batch] for (_, _, _, batch, _), _ in calls], rows
+    return [[row["prompt"] for row in batch] for (_, _, _, batch, *_), _ in calls], rows
 
 
 def test_groups_of_equals_are_replaced_until_the_batch_is_full(tmp_path, watch):
