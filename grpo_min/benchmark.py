@@ -8,8 +8,8 @@ nothing else between them, measured in the same turn, and against a limit, what 
 this machine reaches on large matrices or, where that is longer, reading and writing memory once.
 
 --against trl does TRL's GRPO on the same work in the same run, where TRL is installed (it is not required): a model of
-the same shape and vocabulary, prompts of as many tokens, completions of as many tokens. Transformers' generate() samples
-as many completions.
+the same shape and vocabulary, prompts of as many tokens, completions of as many tokens. Transformers' generate()
+samples as many completions.
 """
 import contextlib
 import io
@@ -330,8 +330,8 @@ def tables(records, best, device):
                       f"takes {record['step'][0] / own:.2f} times as long as {what}."]
         elif record["name"] == "GRPO" and record["work"] in (BASE, SMALL_GPT2):
             lines += ["", "Sampling {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
-                      "{width}: ".format(**record["work"]) + f"{of_sampling(record):.0f} tokens per second. Where each prompt is "
-                      "run once per completion, the matrix products alone would take "
+                      "{width}: ".format(**record["work"]) + f"{of_sampling(record):.0f} tokens per second. Where each "
+                      "prompt is run once per completion, the matrix products alone would take "
                       f"{record['share_of_unshared']:.0%} of our time."]
     rate, bandwidth = zip(*best)
     lines += ["", "Median (lowest to highest). Products alone: the share of a phase that its matrix products take when "

@@ -135,8 +135,8 @@ def learning(config, name):
     for label, of_label in runs.items():
         lines += table_row([label, *(spread([row[key] for row, _ in of_label], form) for key, form in forms)])
     steps, seeds = len(next(iter(runs.values()))[0][1]), len(next(iter(runs.values())))
-    lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are means of "
-              f"the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.", "",
+    lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are means "
+              f"of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.", "",
               in_words({label: [row["accuracy"] for row, _ in of_label] for label, of_label in runs.items()})]
     save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
     plot_learning(what, runs, out / f"{name}.png")
