@@ -57,7 +57,7 @@ LEARNING = {     # study: (what is compared, settings that all share, {label: se
                                     ["mean", "none", "batch", "leave_one_out", "mean_std"]}),
     "group_size": ("prompts x completions", {}, {f"{128 // G} x {G}": dict(prompts_per_step=128 // G, group_size=G)
                                                  for G in [8, 2, 4, 16, 32, 64]}),
-    "recipes": ("recipe", dict(minibatches=4), {"default": {}, **RECIPES}),
+    "recipes": ("recipe", dict(minibatches=4), {"no recipe": {}, **RECIPES}),
     "length": ("aggregation", {}, {name: dict(aggregation=name)
                                    for name in ["sum", "sequence", "token", "constant"]}),
 }
@@ -135,9 +135,11 @@ def learning(config, name):
     for label, of_label in runs.items():
         lines += table_row([label, *(spread([row[key] for row, _ in of_label], form) for key, form in forms)])
     steps, seeds = len(next(iter(runs.values()))[0][1]), len(next(iter(runs.values())))
-    lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are means "
-              f"of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.", "",
-              in_words({label: [row["accuracy"] for row, _ in of_label] for label, of_label in runs.items()})]
+    accuracy = {label: [row["accuracy"] for row, _ in of_label] for label, of_label in runs.items()}
+    completions = {label: np.mean([row["completions"] for row, _ in of_label]) for label, of_label in runs.items()}
+    lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are "
+              f"means of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.",
+              "", in_words(accuracy, completions)]
     save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
     plot_learning(what, runs, out / f"{name}.png")
     print("\n" + "\n".join(lines))
@@ -163,33 +165,37 @@ def one_learning_run(config, study, label, changes, seed):
     return reached, [dict(setting=label, seed=seed, **{key: row.get(key, "") for key in kept}) for row in metrics]
 
 
-def in_words(accuracy):
-    """{setting: accuracy of each seed}, the default first -> what that says, in plain words."""
+def in_words(accuracy, completions):
+    """{setting: accuracy of each seed} and {setting: completions sampled}, the default first -> what that says, in
+    plain words."""
     (default, of_default), *others = accuracy.items()
     text = {label: f"`{label}` ({spread(values, '{:.1%}')})" for label, values in accuracy.items()}
     above = [text[label] for label, values in others if min(values) > max(of_default)]
     below = [text[label] for label, values in others if max(values) < min(of_default)]
     rest = [f"`{label}`" for label, values in others if text[label] not in above + below]
-    said = [f"The default, {text[default]}, was beaten by every seed of {', '.join(above)}." if above else
-            f"Nothing was better than the default, {text[default]}, with every seed."]
+    said = [f"Better than {text[default]} with every seed: {', '.join(above)}." if above else
+            f"Nothing was better than {text[default]} with every seed."]
+    said += [f"But `{label}` sampled {completions[label] / completions[default]:.1f} times as many completions."
+             for label, _ in others if completions[label] > 1.05 * completions[default]]
     said += [f"Worse with every seed: {', '.join(below)}."] if below else []
-    said += [f"The seeds of {', '.join(rest)} overlap with the default's: no difference was shown."] if rest else []
+    said += [f"The seeds of {', '.join(rest)} overlap with those of `{default}`: no difference shown."] if rest else []
     return " ".join(said) + f" With {len(of_default)} seeds, that is little to go by where settings are close."
 
 
 def plot_learning(what, runs, path):
     """Accuracy along the runs, mean of the seeds over windows of five steps, and what each seed reached at the end."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), width_ratios=[3, 2])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=[3, 2])
     for position, (label, of_label) in enumerate(runs.items()):
         curves = np.array([windows(curve, "accuracy", 5) for _, curve in of_label])                 # (seeds, steps - 4)
         x = np.mean([[row["completions"] for row in curve] for _, curve in of_label], axis=0)[-curves.shape[1]:]
         line, = left.plot(x, curves.mean(0), label=label)
         left.fill_between(x, curves.min(0), curves.max(0), alpha=0.15, color=line.get_color(), lw=0)
         right.plot([row["accuracy"] for row, _ in of_label], [position] * len(of_label), "o", color=line.get_color())
-    left.set(xlabel="completions sampled", ylabel="accuracy in training (band: lowest to highest seed)")
-    left.legend(frameon=False, title=what)
+    left.set(xlabel="completions sampled", ylabel="accuracy in training")
+    left.legend(frameon=False, title=f"{what} (mean, band: all seeds)", fontsize=8, title_fontsize=8)
     right.set(xlabel="validation accuracy after training, each seed", yticks=range(len(runs)), yticklabels=list(runs))
     right.invert_yaxis()
+    right.locator_params(axis="x", nbins=4)
     finish(figure, path)
 
 

@@ -7,10 +7,12 @@ from tests import tiny
 
 
 def test_words_follow_from_the_seeds():
-    words = study.in_words({"mean": [0.5, 0.6], "a": [0.61, 0.9], "b": [0.1, 0.49], "c": [0.3, 0.55], "d": [0.6, 0.9]})
-    assert "The default, `mean` (55.0% (50.0% to 60.0%)), was beaten by every seed of `a` (" in words
+    words = study.in_words({"mean": [0.5, 0.6], "a": [0.61, 0.9], "b": [0.1, 0.49], "c": [0.3, 0.55], "d": [0.6, 0.9]},
+                           dict(mean=100, a=100, b=350, c=100, d=100))
+    assert words.startswith("Better than `mean` (55.0% (50.0% to 60.0%)) with every seed: `a` (")
+    assert "3.5 times" in words and "`b` sampled" in words and "`a` sampled" not in words
     assert "Worse with every seed: `b` (" in words and "The seeds of `c`, `d` overlap" in words
-    assert study.in_words({"x": [0.5], "y": [0.5]}).startswith("Nothing was better than the default")
+    assert study.in_words({"x": [0.5], "y": [0.5]}, dict(x=1, y=1)).startswith("Nothing was better than `x` (50.0%)")
 
 
 def test_a_study_writes_what_its_runs_reached(tmp_path, capsys):
@@ -20,7 +22,7 @@ def test_a_study_writes_what_its_runs_reached(tmp_path, capsys):
     study.main(arguments)
     with open(tmp_path / "out/recipes.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["setting"], row["seed"]) for row in rows] == [("default", "1"), ("grpo", "1")]
+    assert [(row["setting"], row["seed"]) for row in rows] == [("no recipe", "1"), ("grpo", "1")]
     with open(tmp_path / "out/recipes-curves.csv", newline="") as file:
         curves = list(csv.DictReader(file))
     assert len(curves) == 2 * 2 and {row["completions"] for row in curves} == {"128", "256"}
