@@ -295,7 +295,7 @@ def trl_steps(config, of):
     return steps
 
 
-def of_sampling(record):
+def sampling_rate(record):
     """Tokens per second of the sampling alone."""
     of = record["work"]
     return of["prompts"] * of["group_size"] * of["new"] / record["seconds"]["sample"]
@@ -330,8 +330,8 @@ def tables(records, best, device):
                       f"takes {record['step'][0] / own:.2f} times as long as {what}."]
         elif record["name"] == "GRPO" and record["work"] in (BASE, SMALL_GPT2):
             lines += ["", "Sampling {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
-                      "{width}: ".format(**record["work"]) + f"{of_sampling(record):.0f} tokens per second. Where each "
-                      "prompt is run once per completion, the matrix products alone would take "
+                      "{width}: ".format(**record["work"]) + f"{sampling_rate(record):.0f} tokens per second. Where "
+                      "each prompt is run once per completion, the matrix products alone would take "
                       f"{record['share_of_unshared']:.0%} of our time."]
     rate, bandwidth = zip(*best)
     lines += ["", "Median (lowest to highest). Products alone: the share of a phase that its matrix products take when "

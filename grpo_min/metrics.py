@@ -89,10 +89,9 @@ def average(updates):
 
 def record(run, step, row, clock, samples):
     """Complete a row with seconds, memory and completions, warn of trouble, and hand it to the run."""
-    per_step, group_size = run.config.prompts_per_step * run.config.group_size, run.config.group_size
     row = mean_of_rows(dict(row, **clock.laps, memory_mb=peak_memory_mb(clock.device)), clock.device)
     dropped = sum(each.get("dropped", 0) for each in [*run.rows, row])
-    row.update(completions=(step + 1) * per_step + int(dropped) * group_size)
+    row.update(completions=((step + 1) * run.config.prompts_per_step + int(dropped)) * run.config.group_size)
     for name, is_trouble, meaning in TROUBLE:
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)
@@ -135,7 +134,7 @@ TROUBLE = [     # (column, is it trouble?, what it means)
     ("kl", lambda v: v > 30, "the policy is far from the reference: read samples.jsonl, raise --beta or lower --lr"),
     ("entropy", lambda v: v < 0.005, "the policy is almost certain of every token and explores no more"),
     ("clip_high", lambda v: v > 0.3, "many ratios are clipped: the updates of a batch are too many or too large"),
-    ("gap", lambda v: v > 0.05, "sampler and trainer disagree about the log-probabilities: their settings differ"),
+    ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: their settings differ"),
     ("explained_variance", lambda v: v < -0.5, "the critic predicts worse than a constant: its baseline adds noise"),
 ]
 

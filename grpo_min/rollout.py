@@ -205,14 +205,14 @@ class GraphDecoder:
         """Tokens start to stop - 1 of every row."""
         for t in range(start, stop):
             on = ~self.finished                                                                   # (B,)
-            token, logprob = choose(self.policy, self.state, self.temperature, self.uniforms[:, t])
+            token, logprob = choose(self.policy, self.state, self.temperature, self.uniforms[:, t])   # (B,) each
             self.completion_ids[:, t] = token.where(on, PAD)
             self.mask[:, t] = on
             self.logprobs[:, t] = logprob * on
             self.finished |= token == END
             if t + 1 < self.N:
                 states, _ = self.policy.run(token[:, None], (self.position + t)[:, None], self.memory,
-                                            [(k, v, t) for k, v in self.caches])
+                                            [(k, v, t) for k, v in self.caches])                  # (B, 1, D)
                 self.state.copy_(states[:, 0])
 
     @torch.no_grad()
@@ -223,8 +223,8 @@ class GraphDecoder:
         for kept, new in zip(self.memory, memory):
             for old, x in zip(kept, new):
                 old.copy_(x)
-        self.state.copy_(last.repeat_interleave(self.group_size, dim=0))
-        self.position.copy_(prompts.length.repeat_interleave(self.group_size))
+        self.state.copy_(last.repeat_interleave(self.group_size, dim=0))                          # (B, D)
+        self.position.copy_(prompts.length.repeat_interleave(self.group_size))                    # (B,)
         self.uniforms.copy_(uniforms)
         self.completion_ids.fill_(PAD)
         for tensor in self.mask, self.logprobs, self.finished:

@@ -36,6 +36,7 @@ from grpo_min import grpo, runs, sft
 from grpo_min.compare import ALGORITHMS, beside_each_other, train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import answers, evaluate, held_out
+from grpo_min.metrics import thinks
 from grpo_min.plots import finish, plt
 from grpo_min.pretrain import pack, read_documents
 from grpo_min.report import machine, spread, table_row
@@ -121,27 +122,27 @@ def learning(config, name):
     what, shared, settings = LEARNING[name]
     settings = dict(list(settings.items())[:2]) if config.quick else settings
     with beside_each_other(pick_device(config.device)) as begin:
-        runs = {label: [begin(one_learning_run, config, name, label, {**SHARED, **shared, **changes}, seed)
+        found = {label: [begin(one_learning_run, config, name, label, {**SHARED, **shared, **changes}, seed)
                         for seed in range(1, (config.seeds or 3) + 1)] for label, changes in settings.items()}
-        runs = {label: [run.result() for run in of_label] for label, of_label in runs.items()}
+        found = {label: [run.result() for run in of_label] for label, of_label in found.items()}
     out = Path(config.out)
     make_folder(out)
-    write_csv(out / f"{name}.csv", [row for of_label in runs.values() for row, _ in of_label])
-    write_csv(out / f"{name}-curves.csv", [row for of_label in runs.values() for _, curve in of_label for row in curve])
+    write_csv(out / f"{name}.csv", [row for of_label in found.values() for row, _ in of_label])
+    write_csv(out / f"{name}-curves.csv", [row for of_label in found.values() for _, rows in of_label for row in rows])
     forms = [("accuracy", "{:.1%}"), ("thinking", "{:.1%}"), ("kl", "{:.2f}"), ("length", "{:.1f}"),
              ("length_wrong", "{:.1f}"), ("grad_norm", "{:.2f}"), ("completions", "{:.0f}"), ("seconds", "{:.0f}")]
     lines = table_row([what, "accuracy (validation)", "thinking", "KL (nats)", "length (tokens)", "length of wrong "
                        "answers", "gradient norm", "completions", "seconds"]) + table_row(["---"] * 9)
-    for label, of_label in runs.items():
+    for label, of_label in found.items():
         lines += table_row([label, *(spread([row[key] for row, _ in of_label], form) for key, form in forms)])
-    steps, seeds = len(next(iter(runs.values()))[0][1]), len(next(iter(runs.values())))
-    accuracy = {label: [row["accuracy"] for row, _ in of_label] for label, of_label in runs.items()}
-    completions = {label: np.mean([row["completions"] for row, _ in of_label]) for label, of_label in runs.items()}
+    steps, seeds = len(next(iter(found.values()))[0][1]), len(next(iter(found.values())))
+    accuracy = {label: [row["accuracy"] for row, _ in of_label] for label, of_label in found.items()}
+    completions = {label: np.mean([row["completions"] for row, _ in of_label]) for label, of_label in found.items()}
     lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are "
               f"means of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.",
               "", in_words(accuracy, completions)]
     save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
-    plot_learning(what, runs, out / f"{name}.png")
+    plot_learning(what, found, out / f"{name}.png")
     print("\n" + "\n".join(lines))
 
 
@@ -152,12 +153,12 @@ def one_learning_run(config, study, label, changes, seed):
                                   **(dict(steps=config.steps) if config.steps else {})})
     policy, metrics = train_or_reuse(grpo.train, settings)
     rows = held_out("arithmetic", "val", config.eval_prompts)
-    figures = evaluate(policy, "arithmetic", rows)
-    texts, finished, lengths = answers(policy, [row["prompt"] for row in rows], 4, 1.0)
+    texts, finished, lengths = answers(policy, [row["prompt"] for row in rows], 4, 1.0)          # as in evaluate()
     right = correct(texts, texts, [row["answer"] for row in rows for _ in range(4)], finished)
     wrong = [length for length, is_right in zip(lengths, right) if not is_right]
-    reached = dict(setting=label, seed=seed, accuracy=figures["accuracy"][0], thinking=figures["thinking"][0],
-                   kl=last_of(metrics, "kl"), length=last_of(metrics, "length"),
+    reached = dict(setting=label, seed=seed, accuracy=float(np.mean(right)),
+                   thinking=float(np.mean([thinks(text) for text in texts])), kl=last_of(metrics, "kl"),
+                   length=last_of(metrics, "length"),
                    length_wrong=float(np.mean(wrong)) if wrong else None, grad_norm=last_of(metrics, "grad_norm"),
                    completions=metrics[-1]["completions"],
                    seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
@@ -182,10 +183,10 @@ def in_words(accuracy, completions):
     return " ".join(said) + f" With {len(of_default)} seeds, that is little to go by where settings are close."
 
 
-def plot_learning(what, runs, path):
+def plot_learning(what, found, path):
     """Accuracy along the runs, mean of the seeds over windows of five steps, and what each seed reached at the end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=[3, 2])
-    for position, (label, of_label) in enumerate(runs.items()):
+    for position, (label, of_label) in enumerate(found.items()):
         curves = np.array([windows(curve, "accuracy", 5) for _, curve in of_label])                 # (seeds, steps - 4)
         x = np.mean([[row["completions"] for row in curve] for _, curve in of_label], axis=0)[-curves.shape[1]:]
         line, = left.plot(x, curves.mean(0), label=label)
@@ -193,7 +194,7 @@ def plot_learning(what, runs, path):
         right.plot([row["accuracy"] for row, _ in of_label], [position] * len(of_label), "o", color=line.get_color())
     left.set(xlabel="completions sampled", ylabel="accuracy in training")
     left.legend(frameon=False, title=f"{what} (mean, band: all seeds)", fontsize=8, title_fontsize=8)
-    right.set(xlabel="validation accuracy after training, each seed", yticks=range(len(runs)), yticklabels=list(runs))
+    right.set(xlabel="validation accuracy after training, each seed", yticks=range(len(found)), yticklabels=list(found))
     right.invert_yaxis()
     right.locator_params(axis="x", nbins=4)
     finish(figure, path)
