@@ -31,15 +31,15 @@ from grpo_min.metrics import peak_memory_mb
 from grpo_min.model import GPT, GPTConfig
 from grpo_min.plots import finish, plt
 from grpo_min.report import PHASES, machine, table_row
-from grpo_min.rewards import load_reward
 from grpo_min.runs import make_folder, save_file
-from grpo_min.tokenizer import END, VOCAB_SIZE, encode_prompt
+from grpo_min.tokenizer import END, VOCAB_SIZE, decode, encode_prompt
 
-BASE = dict(layers=3, width=96, prompts=32, group_size=8, new=24)      # about the arithmetic task, once it thinks
+# About the arithmetic task, once it thinks.
+BASE = dict(layers=3, width=96, prompts=32, prompt_length=14, group_size=8, new=24)
 GROWTH = {"completions per prompt": ("group_size", [2, 4, 8, 16]), "tokens per completion": ("new", [8, 16, 24, 40]),
           "width of the model": ("width", [64, 96, 128, 192])}
 OTHERS = ["TRL GRPO", "generate()"]
-SMALL_GPT2 = dict(layers=4, width=128, prompts=32, group_size=16, new=8)
+SMALL_GPT2 = dict(layers=4, width=128, prompts=32, prompt_length=6, group_size=16, new=8)
 
 
 @dataclass
@@ -66,11 +66,20 @@ def endless(layers, width):
     return model
 
 
-def steps_of(loop, config, layers, width, prompts, group_size, new):
+def random_words(prompt_length, count=1000):
+    """Prompts of so many tokens, those around the text included."""
+    words = [text for text in map(decode, ([i] for i in range(6, VOCAB_SIZE))) if text[0] == " " and text[1:].isalpha()]
+    chosen = np.random.default_rng(0).choice(words, (count, prompt_length - len(encode_prompt(""))))
+    return ["".join(row) for row in chosen]
+
+
+def steps_of(loop, config, layers, width, prompts, prompt_length, group_size, new):
     """Take some steps of a loop -> their rows of metrics, without the first."""
     config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
+    path = Path(config.out) / f"prompts-{prompt_length}.jsonl"
+    save_file(path, "\n".join(json.dumps(dict(prompt=text)) for text in random_words(prompt_length)).encode())
     settings = config_class(run="", steps=config.steps, prompts_per_step=prompts, group_size=group_size,
-                            max_new_tokens=new, device=config.device)
+                            max_new_tokens=new, device=config.device, prompts=str(path))
     with contextlib.redirect_stdout(io.StringIO()):
         _, rows = loop.train(settings, reward=lambda prompts, completions, **columns: [len(c) % 7 for c in completions],
                              model=endless(layers, width).to(pick_device(config.device)))
@@ -78,9 +87,9 @@ def steps_of(loop, config, layers, width, prompts, group_size, new):
     return rows[1:]
 
 
-def products(layers, width, prompts, group_size, new, prompt_length):
+def products(layers, width, prompts, prompt_length, group_size, new):
     """The matrix products of each phase -> {phase: [(times, batch, m, k, n)]}: so many times `batch` products of m x k
-    by k x n. The prompt is run once per prompt, and the last sampled token is not read again. With the gradient there
+    by k x n. The prompt is run once per prompt, and a completion's last token is never read. With the gradient there
     are two more of each."""
     heads, rows, head_width = width // 32, prompts * group_size, 32
 
@@ -97,8 +106,9 @@ def products(layers, width, prompts, group_size, new, prompt_length):
     sample = prompt + head(new, rows) + linear(rows, new - 1)
     sample += attention(prompts * heads, group_size, prompt_length, new - 1)
     sample += [product for t in range(1, new) for product in attention(rows * heads, 1, t)]
-    trunk = prompt + linear(rows * new) + attention(prompts * heads, group_size * new, prompt_length)
-    trunk += attention(rows * heads, new, new)
+    read = new - 1
+    trunk = prompt + linear(rows * read) + attention(prompts * heads, group_size * read, prompt_length)
+    trunk += attention(rows * heads, read, read)
     score = trunk + head(1, rows * new)
 
     def with_gradient(products):
@@ -108,10 +118,9 @@ def products(layers, width, prompts, group_size, new, prompt_length):
     return dict(sample=sample, score=score, update=with_gradient(score), critic=trunk + with_gradient(trunk))
 
 
-def unshared(of, prompt_length):
+def unshared(of):
     """The matrix products of sampling where every prompt is run once per completion, as others do."""
-    rows = of["prompts"] * of["group_size"]
-    return products(**dict(of, prompts=rows, group_size=1), prompt_length=prompt_length)["sample"]
+    return products(**dict(of, prompts=of["prompts"] * of["group_size"], group_size=1))["sample"]
 
 
 def operations(products):
@@ -158,8 +167,7 @@ def measure(config):
     if config.against:
         work += [("GRPO", SMALL_GPT2)] + [(name, of) for of in (SMALL_GPT2, BASE) for name in OTHERS]
     turns = [turn_of(name, config, of) for name, of in work]
-    device, prompt_length = pick_device(config.device), round(mean_prompt_length())
-    records, best = [], []
+    device, records, best = pick_device(config.device), [], []
     for number, (name, of) in enumerate(work, start=1):
         print(f"memory of setting {number} of {len(work)}", flush=True)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
@@ -173,8 +181,7 @@ def measure(config):
         for record, take in zip(records, turns):
             record["rows"] += take()
             record["alone"].append({phase: seconds_alone(of_phase, device) for phase, of_phase in
-                                    {**products(**record["work"], prompt_length=prompt_length),
-                                     "unshared": unshared(record["work"], prompt_length)}.items()})
+                                    {**products(**record["work"]), "unshared": unshared(record["work"])}.items()})
     rate, bandwidth = map(max, zip(*best))
     for record in records:
         of, rows, alone = record["work"], record.pop("rows"), record.pop("alone")
@@ -184,7 +191,7 @@ def measure(config):
         record["step"] = [float(np.median(totals)), min(totals), max(totals)]
         ours = {phase: seconds for phase, seconds in record["seconds"].items()
                 if seconds and record["name"] not in OTHERS}
-        counted = products(**of, prompt_length=prompt_length)
+        counted = products(**of)
         record["share_of_products"] = {phase: float(np.median([turn[phase] for turn in alone])) / seconds
                                        for phase, seconds in ours.items()}
         if "sample" in ours:
@@ -208,12 +215,6 @@ def peak_memory(name, config, of):
     return peak_memory_mb(pick_device(config.device))
 
 
-def mean_prompt_length():
-    """Tokens of a prompt of the arithmetic task."""
-    rows = load_reward(grpo.GRPOConfig(), None, 128, torch.device("cpu"))[1]
-    return float(np.mean([len(encode_prompt(row["prompt"])) for row in rows]))
-
-
 def gpt2(of):
     """transformers' GPT-2 of this shape, with random weights."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -223,16 +224,17 @@ def gpt2(of):
         eos_token_id=1, pad_token_id=0))
 
 
-def random_prompts(count):
-    """Token ids (count, length) of prompts as long as those of the arithmetic task."""
-    return np.random.default_rng(0).integers(6, VOCAB_SIZE, (count, round(mean_prompt_length())))
+def random_ids(prompt_length, count):
+    """Token ids (count, prompt_length)."""
+    return np.random.default_rng(0).integers(6, VOCAB_SIZE, (count, prompt_length))
 
 
 def generate_steps(config, of):
     """A function that lets transformers' generate() sample as many completions -> rows {seconds_sample}."""
     device = pick_device(config.device)
     model = gpt2(of).to(device).eval()
-    ids = torch.tensor(random_prompts(of["prompts"]), device=device).repeat_interleave(of["group_size"], dim=0)
+    ids = torch.tensor(random_ids(of["prompt_length"], of["prompts"]), device=device)
+    ids = ids.repeat_interleave(of["group_size"], dim=0)
 
     def steps():
         rows = []
@@ -265,7 +267,8 @@ def trl_steps(config, of):
     folder = Path(config.out) / f"trl-{of['width']}"
     gpt2(of).save_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
-    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in prompt) for prompt in random_prompts(1000)]))
+    prompts = random_ids(of["prompt_length"], 1000)
+    data = Dataset.from_dict(dict(prompt=[" ".join(f"w{i}" for i in prompt) for prompt in prompts]))
     rows = of["prompts"] * of["group_size"]
     settings = GRPOConfig(
         output_dir=str(folder), use_cpu=pick_device(config.device).type == "cpu", bf16=False, fp16=False, seed=1,
@@ -303,35 +306,34 @@ def sampling_rate(record):
 
 def tables(records, best, device):
     """The records as Markdown."""
-    lines = table_row(["", "layers x width", "prompts x completions x tokens", *(f"{phase} (s)" for phase in PHASES),
-                       "step (s)", "tokens/s", "products alone: sample", "update", "limit: sample", "update",
-                       "peak memory (MB)"])
+    lines = table_row(["", "layers x width", "prompts (tokens) x completions x tokens",
+                       *(f"{phase} (s)" for phase in PHASES), "step (s)", "tokens/s", "products alone: sample",
+                       "update", "limit: sample", "update", "peak memory (MB)"])
     lines += table_row(["---"] * 14)
     for record in records:
         of = record["work"]
         known = {"TRL GRPO": [], "generate()": ["sample"]}.get(record["name"], PHASES)
         phases = [f"{record['seconds'][p]:.3f}" if p in known else "-" for p in PHASES]
         lines += table_row([record["name"], f"{of['layers']} x {of['width']}",
-                            f"{of['prompts']} x {of['group_size']} x {of['new']}", *phases,
+                            "{prompts} ({prompt_length}) x {group_size} x {new}".format(**of), *phases,
                             "{:.3f} ({:.3f} to {:.3f})".format(*record["step"]), f"{record['tokens_per_second']:.0f}",
                             *(f"{record[share][p]:.0%}" if p in record[share] else "-" for share in
                               ("share_of_products", "share_of_limit") for p in ("sample", "update")),
                             f"{record['peak_memory_mb']:.0f}"])
     trl = ""
     for record in records:
+        work = ("{prompts} prompts of {prompt_length} tokens x {group_size} completions of {new} by a model of "
+                "{layers} x {width}".format(**record["work"]))
         if record["name"] in OTHERS:
             trl = f", TRL {version('trl')}, transformers {version('transformers')}"
             ours = next(r for r in records if r["name"] == "GRPO" and r["work"] == record["work"])
             who, what, own = (("A step of TRL's GRPO", "a step of ours", ours["step"][0])
                               if record["name"] == "TRL GRPO" else
                               ("transformers' generate()", "our sampling", ours["seconds"]["sample"]))
-            lines += ["", who + " on {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
-                      "{width} ".format(**record["work"]) +
-                      f"takes {record['step'][0] / own:.2f} times as long as {what}."]
+            lines += ["", f"{who} on {work} takes {record['step'][0] / own:.2f} times as long as {what}."]
         elif record["name"] == "GRPO" and record["work"] in (BASE, SMALL_GPT2):
-            lines += ["", "Sampling {prompts} x {group_size} completions of {new} tokens by a model of {layers} x "
-                      "{width}: ".format(**record["work"]) + f"{sampling_rate(record):.0f} tokens per second. Where "
-                      "each prompt is run once per completion, the matrix products alone would take "
+            lines += ["", f"Sampling {work}: {sampling_rate(record):.0f} tokens per second. Where each prompt is run "
+                      "once per completion, the matrix products alone would take "
                       f"{record['share_of_unshared']:.0%} of our time."]
     rate, bandwidth = zip(*best)
     lines += ["", "Median (lowest to highest). Products alone: the share of a phase that its matrix products take when "

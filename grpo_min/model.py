@@ -54,7 +54,7 @@ def unpack(x, mask):
     if mask is None:
         return x
     zeros = x.new_zeros(mask.numel(), x.shape[-1])
-    return zeros.index_copy(0, mask.flatten().nonzero().squeeze(1), x).view(*mask.shape, -1)
+    return zeros.index_copy(0, mask.flatten().nonzero().squeeze(1), x).view(*mask.shape, x.shape[-1])
 
 
 class Attention(nn.Module):
@@ -155,7 +155,7 @@ class GPT(nn.Module):
 
     def forward(self, prompts, completion_ids):
         """prompts (Q rows), completion_ids (B, N) -> logits (B, N, V); those at column t are about token t."""
-        return self.head(self.states(prompts, completion_ids)[:, :-1])
+        return self.head(self.states(prompts, completion_ids[:, :-1]))
 
     def states(self, prompts, completion_ids, mask=None):
         """prompts (Q rows), completion_ids (B, N) -> states (B, N + 1, D).
@@ -205,6 +205,10 @@ class ScalarGPT(nn.Module):
     def forward(self, prompts, completion_ids, mask=None):
         """prompts (Q rows), completion_ids (B, N) -> (B, N + 1): entry t has read the completion tokens before t."""
         return self.scalar(self.trunk.states(prompts, completion_ids, mask)).squeeze(-1)
+
+    def values(self, prompts, completion_ids, mask):
+        """The value of each column's state: (B, N), mask (B, N) -> (B, N). No state reads a completion's last token."""
+        return self(prompts, completion_ids[:, :-1], mask[:, 1:])
 
     def last(self, prompts, completion_ids, mask):
         """The number at the last real token of each completion: (B, N), mask (B, N) -> (B,)."""

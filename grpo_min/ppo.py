@@ -196,7 +196,7 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
 
             # --- 4. the baseline is the critic's value of each state -----------------------------------------------
             with torch.no_grad():
-                old_values = critic(prompts, rollout.completion_ids, rollout.mask)[:, :-1]    # (B, N)
+                old_values = critic.values(prompts, rollout.completion_ids, rollout.mask)     # (B, N)
             clock.lap("critic")
 
             # --- 5. the advantage is what came after a token and the critic had not expected -----------------------
@@ -226,7 +226,7 @@ def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, 
                     updates.append(update_metrics(objective, norm, logprobs, old, rollout.logprobs[b], entropy,
                                                   part[2], config.clip_eps))
                     clock.lap("update")
-                    values = critic(*part)[:, :-1]                                            # (b, N)
+                    values = critic.values(*part)                                             # (b, N)
                     error = value_loss(values, old_values[b], returns[b], mask, config.value_clip)
                     update(run, critic, critic_optimizer, config.value_coef * error, config.max_grad_norm)
                     clock.lap("critic")

@@ -18,12 +18,13 @@ from grpo_min.rollout import Prompts, sample, token_logprobs
 from grpo_min.tokenizer import VOCAB_SIZE
 from tests.tiny import LOOPS, letter_e, settings
 
-WORK = dict(layers=2, width=64, prompts=4, group_size=3, new=6)
+WORK = dict(layers=2, width=64, prompts=4, prompt_length=9, group_size=3, new=6)
 
 
 def test_operations_are_those_that_torch_counts():
-    model, prompts = benchmark.endless(2, 64), Prompts.from_texts(["start with 3."] * 4)
-    counted = benchmark.products(**WORK, prompt_length=prompts.ids.shape[1])
+    model, prompts = benchmark.endless(2, 64), Prompts.from_texts(benchmark.random_words(9, 4))
+    assert prompts.length.tolist() == [9] * 4
+    counted = benchmark.products(**WORK)
     limit = {phase: benchmark.operations(products) for phase, products in counted.items()}
     seen = {}
     with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -38,8 +39,8 @@ def test_operations_are_those_that_torch_counts():
     critic = ScalarGPT(model.config)
     with FlopCounterMode(display=False) as counter:
         with torch.no_grad():
-            critic(prompts, rollout.completion_ids, rollout.mask)
-        critic(prompts, rollout.completion_ids, rollout.mask).sum().backward()
+            critic.values(prompts, rollout.completion_ids, rollout.mask)
+        critic.values(prompts, rollout.completion_ids, rollout.mask).sum().backward()
     seen["critic"] = counter.get_total_flops()
     assert rollout.length.tolist() == [6] * 12, "it never ends"
     for phase, operations in seen.items():
@@ -55,10 +56,10 @@ def test_limits_by_hand():
 
 def test_a_prompt_run_once_per_completion_is_counted_so():
     """G - 1 more runs of each prompt, and nothing else."""
-    operations = {new: benchmark.operations(benchmark.products(**dict(WORK, new=new), prompt_length=9)["sample"])
+    operations = {new: benchmark.operations(benchmark.products(**dict(WORK, new=new))["sample"])
                   for new in (1, 6)}
     prompts = operations[1] - 2 * 4 * 3 * 64 * VOCAB_SIZE              # one new token: the prompts and the head alone
-    assert benchmark.operations(benchmark.unshared(WORK, 9)) == operations[6] + 2 * prompts
+    assert benchmark.operations(benchmark.unshared(WORK)) == operations[6] + 2 * prompts
 
 
 def test_a_quick_run_writes_table_figure_and_json(tmp_path, capsys):
