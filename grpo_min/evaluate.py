@@ -1,8 +1,7 @@
 """Held-out evaluation of a policy: 1,000 prompts, 4 sampled answers each and a greedy one.
 
-Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is judged by the answer,
-animals by the hidden gold score, which no training loop sees, a task of your own by its reward: `reward` is its mean,
-`full` the share of answers with a reward of 1, which pass@k counts.
+Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is judged by the answer, animals
+by the hidden gold score, which no training loop sees, a task of your own by its reward; `full` is the share of ones.
 """
 import json
 from dataclasses import dataclass
@@ -118,9 +117,7 @@ def main(argv=None):
     require(config.samples >= 4, "pass@4 needs --samples of at least 4")
     policy = load_model(config.checkpoint, "GPT", device)
     opponent = load_model(config.opponent, "GPT", device) if config.domain == "animals" else None
-    prompts = judge = config.domain
-    if config.task:
-        prompts, judge = load_task(config.task, "prompts", "reward")
+    prompts, judge = load_task(config.task, "prompts", "reward") if config.task else [config.domain] * 2
     rows = held_out(prompts, config.split, config.prompts, config.data)
     figures = evaluate(policy, judge, rows, opponent, config.samples, config.temperature, config.max_new_tokens)
     print(f"{config.checkpoint} on {len(rows)} {config.task or config.domain} {config.split} prompts:\n{show(figures)}")

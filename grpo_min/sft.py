@@ -36,16 +36,13 @@ def train(config):
     """Fine-tune -> the SFT model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
-    if config.task:
-        require(config.demonstrations == SFTConfig.demonstrations, "--task replaces --demonstrations: leave them")
-        path, unit, (demonstrations,) = config.task, "demonstration", load_task(config.task, "demonstrations")
-        rows = demonstrations(at_least=config.batch_size)
-    else:
-        path, unit = config.demonstrations, "line"
-        rows = read_jsonl(path, ["prompt", "response"], config.batch_size)
+    own, path = config.task, config.task or config.demonstrations
+    require(not own or config.demonstrations == SFTConfig.demonstrations, "--task replaces --demonstrations")
+    rows = (load_task(path, "demonstrations")[0](at_least=config.batch_size) if own else
+            read_jsonl(path, ["prompt", "response"], config.batch_size))
     model = load_model(config.base, "GPT", device)
     require_fit(model.config.context, [(len(encode_prompt(row["prompt"])), len(encode_completion(row["response"])))
-                                       for row in rows], path, unit)
+                                       for row in rows], path, "demonstration" if own else "line")
 
     def loss_at(step):
         batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
