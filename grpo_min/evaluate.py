@@ -1,7 +1,7 @@
 """Held-out evaluation of a policy: 1,000 prompts, 4 sampled answers each and a greedy one.
 
-Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is judged by the answer, animals
-by the hidden gold score, which no training loop sees, a task of your own by its reward; `full` is the share of ones.
+Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is judged by the answer,
+animals by the hidden gold score, which no loop sees, a task of your own by its reward; `full` is the share of ones.
 """
 import json
 from dataclasses import dataclass
