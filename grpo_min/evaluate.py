@@ -1,7 +1,7 @@
 """Held-out evaluation of a policy: 1,000 prompts, 4 sampled answers each and a greedy one.
 
 Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is judged by the answer,
-animals by the hidden gold score, which no training loop sees.
+animals by the hidden gold score, which no loop sees, a task of your own by its reward; `full` is the share of ones.
 """
 import json
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ import numpy as np
 from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.gold import MAXIMUM, gold_score, is_correct
 from grpo_min.metrics import interval, thinks
-from grpo_min.rewards import correct
+from grpo_min.rewards import correct, numbers
 from grpo_min.rollout import Prompts, sample
-from grpo_min.runs import DATA, generator, load_model, read_jsonl, save_file
+from grpo_min.runs import DATA, columns, generator, load_model, read_jsonl, save_file
+from grpo_min.task import load_task
 
 FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
 
@@ -23,10 +24,9 @@ FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "a
 def held_out(domain, split, count=1000, data=DATA):
     """`count` rows (all, if there are fewer), evenly spread over DOMAIN_SPLIT.jsonl in the folder `data`.
 
-    split: val for all tuning, test or longer for results.
+    domain: arithmetic, animals, or the prompts function of a task. split: val for all tuning, test, longer for results.
     """
-    path = Path(data) / f"{domain}_{split}.jsonl"
-    rows = read_jsonl(path, FIELDS[domain])
+    rows = domain(split) if callable(domain) else read_jsonl(Path(data) / f"{domain}_{split}.jsonl", FIELDS[domain])
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
@@ -51,39 +51,37 @@ def pass_at_k(n, right, k):
 def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0, max_new_tokens=40):
     """Measure a policy on held-out rows -> {figure: [mean, low, high]}.
 
-    domain: arithmetic or animals. opponent: a second policy; with it, win_rate says how often the gold score prefers
-    this policy's answer to the opponent's (a tie counts half).
+    domain: arithmetic, animals, or the reward function of a task, whose full reward is 1. opponent: a second policy;
+    with it, win_rate says how often the gold score prefers this policy's answer to the opponent's (a tie counts half).
     """
-    column = {name: [row[name] for row in rows] for name in FIELDS[domain]}
-    prompts = column.pop("prompt")
-    repeated = {name: [value for value in values for _ in range(samples)] for name, values in column.items()}
+    judge = {"arithmetic": correct, "animals": gold_score}.get(domain, domain)
 
     def per_prompt(values):
-        return np.array(values, dtype=float).reshape(len(rows), samples)
+        return np.array(values, dtype=float).reshape(len(rows), -1)
 
-    def judge(texts, finished, columns):
-        if domain == "arithmetic":
-            return correct(texts, texts, finished=finished, **columns)
-        return gold_score(texts, texts, **columns)
+    def judged(texts, finished):
+        column = columns([row for row in rows for _ in range(len(texts) // len(rows))])
+        return per_prompt(numbers(judge, column.pop("prompt"), texts, finished=finished, **column))
 
+    prompts = [row["prompt"] for row in rows]
     texts, finished, lengths = answers(policy, prompts, samples, temperature, max_new_tokens)
-    greedy_texts, greedy_finished, _ = answers(policy, prompts, 1, 0, max_new_tokens)
-    scores = per_prompt(judge(texts, finished, repeated))                                     # (prompts, samples)
-    greedy = np.array(judge(greedy_texts, greedy_finished, column), dtype=float)              # (prompts,)
-    name = "accuracy" if domain == "arithmetic" else "gold"
-    figures = {name: scores.mean(1), f"{name}_greedy": greedy}
-    if domain == "arithmetic":
-        for k in 2, 4:
-            figures[f"pass@{k}"] = [pass_at_k(samples, int(row.sum()), k) for row in scores]
-        figures["thinking"] = per_prompt([thinks(text) for text in texts]).mean(1)
-    else:
-        right = [is_correct(text, *fact) for text, *fact in zip(texts, repeated["animal"], repeated["attribute"])]
-        figures["correct"] = per_prompt(right).mean(1)
+    scores = judged(texts, finished)                                                          # (prompts, samples)
+    greedy = judged(*answers(policy, prompts, 1, 0, max_new_tokens)[:2])                      # (prompts, 1)
+    name = {"arithmetic": "accuracy", "animals": "gold"}.get(domain, "reward")
+    figures = {name: scores.mean(1), f"{name}_greedy": greedy.mean(1)}
+    if domain == "animals":
+        facts = [(row["animal"], row["attribute"]) for row in rows for _ in range(samples)]
+        figures["correct"] = per_prompt([is_correct(text, *fact) for text, fact in zip(texts, facts)]).mean(1)
         figures["share_of_maximum"] = scores.mean(1) / MAXIMUM
         if opponent is not None:
-            theirs = answers(opponent, prompts, samples, temperature, max_new_tokens, seed=1)
-            other = per_prompt(judge(*theirs[:2], repeated))
+            other = judged(*answers(opponent, prompts, samples, temperature, max_new_tokens, seed=1)[:2])
             figures["win_rate"] = np.where(scores == other, 0.5, scores > other).mean(1)
+    else:
+        full = scores > 1 - 1e-6                                                              # (prompts, samples)
+        figures.update({} if domain == "arithmetic" else dict(full=full.mean(1)))
+        for k in 2, 4:
+            figures[f"pass@{k}"] = [pass_at_k(samples, int(row.sum()), k) for row in full]
+        figures["thinking"] = per_prompt([thinks(text) for text in texts]).mean(1)
     figures["length"] = per_prompt(lengths).mean(1)
     figures["truncated"] = 1 - per_prompt(finished).mean(1)
     return {name: interval(values) for name, values in figures.items()}
@@ -100,6 +98,7 @@ class EvaluateConfig:
     checkpoint: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the policy")
     opponent: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the policy it has to win against (animals)")
     domain: str = option("arithmetic", "what to ask about", ["arithmetic", "animals"])
+    task: str = option("", "Python file with prompts and reward of your own, see task.py; its code is executed")
     split: str = option("test", "which prompts: val (all tuning looks here), test, or longer (arithmetic with one "
                         "operation more than was trained on)", ["val", "test", "longer"])
     prompts: int = option(1000, "number of prompts")
@@ -118,10 +117,10 @@ def main(argv=None):
     require(config.samples >= 4, "pass@4 needs --samples of at least 4")
     policy = load_model(config.checkpoint, "GPT", device)
     opponent = load_model(config.opponent, "GPT", device) if config.domain == "animals" else None
-    rows = held_out(config.domain, config.split, config.prompts, config.data)
-    figures = evaluate(policy, config.domain, rows, opponent, config.samples, config.temperature,
-                       config.max_new_tokens)
-    print(f"{config.checkpoint} on {len(rows)} {config.domain} {config.split} prompts:\n{show(figures)}")
+    prompts, judge = load_task(config.task, "prompts", "reward") if config.task else [config.domain] * 2
+    rows = held_out(prompts, config.split, config.prompts, config.data)
+    figures = evaluate(policy, judge, rows, opponent, config.samples, config.temperature, config.max_new_tokens)
+    print(f"{config.checkpoint} on {len(rows)} {config.task or config.domain} {config.split} prompts:\n{show(figures)}")
     if config.out:
         save_file(config.out, json.dumps(figures, indent=1).encode())
 

@@ -30,6 +30,7 @@ class GRPOConfig:
     run: str = option("runs/grpo", "folder to write into")
     resume: bool = option(False, "go on from the checkpoint in --run")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model: policy and reference start there")
+    task: str = option("", "Python file with prompts and reward of your own, see task.py; its code is executed")
     reward: str = option("correct", "what is rewarded: right answers, well-formed thinking, both (1 and 0.2), or what "
                          "a reward model likes", ["correct", "well_formed", "both", "learned"])
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")

@@ -8,9 +8,10 @@ import re
 
 import torch
 
-from grpo_min.config import UserError, require
+from grpo_min.config import require
 from grpo_min.rollout import Prompts, pad, require_fit
-from grpo_min.runs import DATA, load_model, read_jsonl
+from grpo_min.runs import DATA, columns, load_model, read_jsonl
+from grpo_min.task import load_task
 from grpo_min.tokenizer import encode_completion, encode_prompt
 
 THINKING = re.compile(r"<think>(?:(?!</?think>).)+</think>(.*)", re.DOTALL)   # one pair of tags, around something
@@ -67,38 +68,46 @@ def learned(reward_model, batch_size=256):
 def load_reward(config, reward, context, device):
     """What a loop is to be rewarded for -> the reward function, the rows of prompts, the files both come from.
 
-    config has reward, reward_model and prompts; a reward given as a function replaces config.reward.
+    config has task, reward, reward_model and prompts; a reward given as a function replaces config's.
     """
-    path = config.prompts or str(DATA / ("animals_train.jsonl" if config.reward == "learned" else
-                                         "arithmetic_train.jsonl"))
-    files, fields = [path], ["prompt"]
-    if reward is None and config.reward == "learned":
+    path = config.task or config.prompts or str(DATA / ("animals_train.jsonl" if config.reward == "learned" else
+                                                        "arithmetic_train.jsonl"))
+    files, fields, unit = [path], ["prompt"], "line"
+    if config.task:
+        require(config.reward == "correct" and not config.prompts, "--task replaces --reward and --prompts: leave them")
+        prompts, own_reward = load_task(path, "prompts", "reward")
+        reward, unit = reward or own_reward, "prompt"
+    elif reward is None and config.reward == "learned":
         reward = learned(load_model(config.reward_model, "ScalarGPT", device))
         files.append(config.reward_model)
     elif reward is None:
         reward = {"correct": correct, "well_formed": well_formed,
                   "both": weighted_sum((correct, 1.0), (well_formed, 0.2))}[config.reward]
         fields.append("answer")
-    rows = read_jsonl(path, fields, config.prompts_per_step)
+    at_least = config.prompts_per_step
+    rows = prompts("train", at_least=at_least) if config.task else read_jsonl(path, fields, at_least)
     require(not {"completions", "finished"} & rows[0].keys(), f"{path}: completions and finished cannot be fields: the "
             "rewards get columns of these names already")
-    require_fit(context, [(len(encode_prompt(row["prompt"])), config.max_new_tokens) for row in rows], path)
+    require_fit(context, [(len(encode_prompt(row["prompt"])), config.max_new_tokens) for row in rows], path, unit)
     return reward, rows, files
 
 
-def score(reward, batch, rollout, group_size):
-    """Call a reward function on a batch of rows and its rollout -> rewards (B,) and the completions' texts.
-
-    UserError if it does not return one finite number per completion.
-    """
-    repeated = [row for row in batch for _ in range(group_size)]                              # B rows
-    columns = {name: [row[name] for row in repeated] for name in batch[0]}
-    texts = rollout.texts()
-    rewards = reward(columns.pop("prompt"), texts, finished=rollout.finished.tolist(), **columns)
+def numbers(reward, prompts, completions, **columns):
+    """What a reward function says of B completions -> B floats; a UserError unless it is a finite number for each."""
+    rewards = reward(prompts, completions, **columns)
     try:
-        rewards = torch.tensor([float(reward) for reward in rewards])                         # (B,)
+        rewards = [float(number) for number in rewards]
     except (TypeError, ValueError):
-        rewards = torch.tensor([])
-    if len(rewards) != len(texts) or not rewards.isfinite().all():
-        raise UserError(f"the reward function must return {len(texts)} finite numbers, one per completion")
-    return rewards.to(rollout.mask.device), texts
+        rewards = []
+    require(len(rewards) == len(completions) and torch.tensor(rewards).isfinite().all(),
+            f"{getattr(reward, '__qualname__', 'the reward function')} must return {len(completions)} finite numbers, "
+            "one per completion")
+    return rewards
+
+
+def score(reward, batch, rollout, group_size):
+    """Call a reward function on a batch of rows and its rollout -> rewards (B,) and the completions' texts."""
+    repeated = [row for row in batch for _ in range(group_size)]                              # B rows
+    column, texts = columns(repeated), rollout.texts()
+    rewards = numbers(reward, column.pop("prompt"), texts, finished=rollout.finished.tolist(), **column)
+    return torch.tensor(rewards, device=rollout.mask.device), texts

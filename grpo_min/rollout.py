@@ -65,10 +65,10 @@ def pad(sequences, device="cpu"):
     return ids, torch.tensor([len(row) for row in sequences], device=device)
 
 
-def require_fit(context, pairs, path):
+def require_fit(context, pairs, path, unit="line"):
     """A UserError unless every pair (tokens of the prompt, tokens of the completion) fits into the context."""
     for row, (prompt, completion) in enumerate(pairs, start=1):
-        require(prompt + completion <= context, f"{path}, line {row}: {prompt} prompt tokens and {completion} of the "
+        require(prompt + completion <= context, f"{path}, {unit} {row}: {prompt} prompt tokens and {completion} of the "
                 f"completion do not fit into the model's context of {context}")
 
 

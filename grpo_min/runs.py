@@ -36,31 +36,35 @@ beside_others = False      # in a process that shares the screen: log lines name
 
 def read_jsonl(path, fields, at_least=1):
     """Rows of a JSONL file, each a dict in which the named fields are strings. UserError names file and line."""
-    rows = []
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                rows.append(parse_row(line, fields, f"{path}, line {number}"))
-                require(rows[-1].keys() == rows[0].keys(), f"{path}, line {number}: other fields than in line 1")
+            rows = (parse_json(line, f"{path}, line {number}") for number, line in enumerate(file, start=1))
+            return checked_rows(rows, fields, path, "line", at_least)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
-    require(rows, f"{path} is empty")
-    require(len(rows) >= at_least, f"{path} has only {len(rows)} rows, too few for a batch of {at_least}")
-    return rows
 
 
-def parse_row(line, fields, place):
+def checked_rows(rows, fields, path, unit, at_least=1):
+    """The rows as a list, dicts of the same fields, of which those named are strings. UserError names path and row."""
+    found = []
+    for number, row in enumerate(rows, start=1):
+        place = f"{path}, {unit} {number}"
+        require(isinstance(row, dict), f"{place}: not an object with named fields")
+        for field in fields:
+            require(isinstance(row.get(field), str), f"{place}: the field \"{field}\" is missing or not a string")
+        found.append(row)
+        require(row.keys() == found[0].keys(), f"{place}: other fields than in {unit} 1")
+    require(len(found) >= at_least, f"{path} has {len(found) or 'no'} {unit}s, where {at_least} are needed")
+    return found
+
+
+def parse_json(line, place):
     try:
-        row = json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise UserError(f"{place}: not UTF-8")
     except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error})")
-    require(isinstance(row, dict), f"{place}: not a JSON object")
-    for field in fields:
-        require(field in row, f"{place}: the field \"{field}\" is missing")
-        require(isinstance(row[field], str), f"{place}: the field \"{field}\" is not a string")
-    return row
 
 
 def columns(rows):

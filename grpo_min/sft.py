@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from grpo_min.config import option, parse, pick_device, require_positive, run_command
+from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.ranks import mean
 from grpo_min.rollout import pad, require_fit
 from grpo_min.runs import DATA, batch_rows, fit, load_model, read_jsonl
+from grpo_min.task import load_task
 from grpo_min.tokenizer import encode_completion, encode_prompt
 
 
@@ -22,6 +23,7 @@ class SFTConfig:
     resume: bool = option(False, "go on from the checkpoint in --run")
     base: str = option(str(DATA / "checkpoints/base.pt"), "checkpoint of the base model")
     demonstrations: str = option(str(DATA / "sft.jsonl"), "JSONL with the fields prompt and response")
+    task: str = option("", "Python file with demonstrations of your own, see task.py; its code is executed")
     steps: int = option(3000, "updates")
     batch_size: int = option(16, "demonstrations per update")
     lr: float = option(4e-3, "peak learning rate")
@@ -34,10 +36,13 @@ def train(config):
     """Fine-tune -> the SFT model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
     device = pick_device(config.device)
-    rows = read_jsonl(config.demonstrations, ["prompt", "response"], config.batch_size)
+    own, path = config.task, config.task or config.demonstrations
+    require(not own or config.demonstrations == SFTConfig.demonstrations, "--task replaces --demonstrations")
+    rows = (load_task(path, "demonstrations")[0](at_least=config.batch_size) if own else
+            read_jsonl(path, ["prompt", "response"], config.batch_size))
     model = load_model(config.base, "GPT", device)
     require_fit(model.config.context, [(len(encode_prompt(row["prompt"])), len(encode_completion(row["response"])))
-                                       for row in rows], config.demonstrations)
+                                       for row in rows], path, "demonstration" if own else "line")
 
     def loss_at(step):
         batch = [rows[i] for i in batch_rows(len(rows), config.batch_size, config.seed, step)]
@@ -51,7 +56,7 @@ def train(config):
         weight = len(states) / mean(torch.tensor(float(len(states)), device=device))  # 1, unless there are other ranks
         return F.cross_entropy(model.head(states), ids[:, 1:][response]) * weight, {}
 
-    return model, fit(config, model, [config.base, config.demonstrations], loss_at)
+    return model, fit(config, model, [config.base, path], loss_at)
 
 
 def main(argv=None):

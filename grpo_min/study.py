@@ -12,6 +12,8 @@ tutorials/results.
 threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
 processes as there are cores. Writes tutorials/results/threads.md.
 
+countdown: see study_countdown.py.
+
 publish: copies what `python -m grpo_min`, and then perhaps `python -m grpo_min.compare --run runs/main/compare` with
 more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README. If the
 job was done once more, into runs/again, its seconds and what it reached are published, too.
@@ -43,6 +45,7 @@ from grpo_min.report import machine, spread, table_row
 from grpo_min.reward_model import judge
 from grpo_min.rewards import correct
 from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
+from grpo_min.study_countdown import countdown
 from grpo_min.variants import RECIPES
 
 CHECKPOINTS = [("pretrain", "base", "GPT"), ("sft", "sft", "GPT"), ("reward_model", "reward_model", "ScalarGPT")]
@@ -316,7 +319,7 @@ def fill_in(text):
                   lambda match: f"[banner {match[1]}](grpo_min/grpo.py#L{lines[match[1]]})", text)
 
 
-STUDIES = {"tuning": tuning, "threads": threads, "publish": publish,
+STUDIES = {"tuning": tuning, "threads": threads, "countdown": countdown, "publish": publish,
            **{name: functools.partial(learning, name=name) for name in LEARNING}}
 
 
