@@ -447,35 +447,37 @@ def examples(hacked):
 
 
 def overoptimisation_words(rows):
-    """Rows with arm, pairs, lost, proxy_since_best, gold and r2, a seed each -> what they say, in words."""
-    said, seen_at_all, arms = [], False, list(by(rows, "arm", "pairs"))
-    of_seeds = len(rows) // len(arms) // len(by(rows, "pairs", "arm"))
-    for arm in arms:
-        seen, never, mixed = [], [], []
-        for pairs, lost in by([row for row in rows if row["arm"] == arm], "pairs", "lost").items():
-            rise = [row["proxy_since_best"] for row in rows if (row["arm"], row["pairs"]) == (arm, pairs)]
-            text = f"{pairs} pairs (gold lost {spread(lost, '{:.2f}')}, score gained {spread(rise, '{:.2f}')})"
-            fell = [x > 0 and y > 0 for x, y in zip(lost, rise)]
-            (seen if all(fell) else mixed if any(fell) else never).append(text)
-        seen_at_all = seen_at_all or bool(seen)
-        said += [f"{arm}, {words}: {', '.join(texts)}." for words, texts in [
-            ("with every seed", seen), ("with some seeds only", mixed), ("with no seed", never)] if texts]
-    said.insert(0, "Over-optimisation was seen: gold fell from its best while the reward model's score rose further." if
-                seen_at_all else "Over-optimisation was not seen: in no setting did gold, with every seed, fall from "
-                "its best while the reward model's score rose further.")
-    said.append(f"Where gold has merely stopped rising, all of {of_seeds} seeds fall by chance about once in "
-                f"{2 ** of_seeds} times.")
-    gold = {arm: {f"{pairs} pairs": values for pairs, values in
-                  by([row for row in rows if row["arm"] == arm], "pairs", "gold").items()} for arm in arms}
-    said += [compared(f"Gold gained at the end of {arm}", values) for arm, values in gold.items()]
+    """Rows with arm, pairs, lost, proxy_since_best, gold and r2, a seed each -> what they say, in words.
+
+    Over-optimised: gold has fallen from its best while the proxy rose.
+    """
+    arms = {arm: [row for row in rows if row["arm"] == arm] for arm in by(rows, "arm", "pairs")}
+    of_arm, seen_at_all = [], False
+    for arm, chosen in arms.items():
+        found = {"with every seed": {}, "with some seeds": {}, "with no seed": {}}
+        for pairs, lost in by(chosen, "pairs", "lost").items():
+            fell = [row["lost"] > 0 and row["proxy_since_best"] > 0 for row in chosen if row["pairs"] == pairs]
+            how_many = "with every seed" if all(fell) else "with some seeds" if any(fell) else "with no seed"
+            found[how_many][f"{pairs} pairs"] = lost
+        seen_at_all = seen_at_all or bool(found["with every seed"])
+        of_arm.append(f"* {arm}: " + "; ".join(f"{how_many} {listed(of)}" for how_many, of in found.items() if of))
+    seeds = len(lost)
+    gold = {arm: {f"{pairs} pairs": values for pairs, values in by(chosen, "pairs", "gold").items()}
+            for arm, chosen in arms.items()}
     plain, *penalised = [arm for arm in arms if arm != BEST_OF_N]
-    said += [f"At the end of {arm}, against {plain}, gold is {side_by_side(gold[arm], gold[plain])}."
-             for arm in penalised]
-    for arm in arms:
-        r2 = [row["r2"] for row in rows if row["arm"] == arm and row["r2"] is not None]
-        said += [f"{arm}: Gao et al.'s form fits the gold score of single runs with R^2 from {min(r2):.2f} to "
-                 f"{max(r2):.2f}."] if r2 else []
-    return " ".join(said)
+    fits = {arm: [row["r2"] for row in chosen if row["r2"] is not None] for arm, chosen in arms.items()}
+    fits = {arm: r2 for arm, r2 in fits.items() if r2}
+    return "\n".join([
+        "Over-optimisation was seen: gold fell from its best while the reward model's score rose further."
+        if seen_at_all else
+        "Over-optimisation was not seen: in no setting did gold, with every seed, fall from its best while the reward "
+        "model's score rose further.",
+        "In brackets the gold lost; where gold has merely stopped rising, chance alone lets it fall with all of "
+        f"{seeds} seeds about once in {2 ** seeds} times.", "", *of_arm, "",
+        compared(f"Gold gained at the end of {plain}", gold[plain]),
+        *(f"With {arm} in place of {plain}, gold at the end is {side_by_side(gold[arm], gold[plain])}."
+          for arm in penalised),
+        *([f"R^2 of Gao et al.'s forms, over single runs: {listed(fits)}."] if fits else [])])
 
 
 def plot_overoptimisation(rows, curves):
@@ -502,7 +504,7 @@ def plot_overoptimisation(rows, curves):
         axis.set(title=arm, xlabel="sqrt(KL to the SFT model)" + (", bound" if arm == BEST_OF_N else ""),
                  ylabel="gain over the SFT model")
     axes[0].plot([], [], color="grey", ls="--", label="reward model's score")
-    axes[0].plot([], [], color="grey", label="gold score")
+    axes[0].plot([], [], color="grey", label="gold score (dots: each seed)")
     axes[0].plot([], [], color="grey", lw=0.7, label="fitted form")
     axes[0].legend(frameon=False, fontsize=8)
     return figure
@@ -568,7 +570,7 @@ def kl_words(rows):
 def plot_kl(rows):
     """Gold and proxy of each run against its KL: a colour for each beta, a marker for where the KL is charged."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2))
-    betas = list(by(rows, "beta", "seed"))
+    betas = list(by(rows, "beta", "kl"))
     markers = {"nowhere": "D", "loss": "o", "reward": "^"}
     for axis, name, label in zip(axes, ["gold", "proxy"], ["gold score", "reward model's score"]):
         for row in rows:
@@ -576,10 +578,10 @@ def plot_kl(rows):
                       alpha=0.75, mew=0)
         axis.set(xlabel="KL to the SFT model (nats per completion)", ylabel=label)
     for i, beta in enumerate(betas):
-        axes[0].plot([], [], "s", color=f"C{i}", mew=0, label=f"beta {beta:g}")
+        axes[1].plot([], [], "s", color=f"C{i}", mew=0, label=f"beta {beta:g}")
     for where in "loss", "reward":
-        axes[0].plot([], [], markers[where], color="grey", mew=0, label=f"charged in the {where}")
-    axes[0].legend(frameon=False, fontsize=8)
+        axes[1].plot([], [], markers[where], color="grey", mew=0, label=f"charged in the {where}")
+    axes[1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
     return figure
 
 

@@ -159,18 +159,17 @@ def test_words_about_overoptimisation():
             *overoptimised("RL, beta 0.1", 50, [0, 0], [0, 0], [2.5, 3], r2=None)]
     words = study_reward.overoptimisation_words(rows)
     assert words.startswith("Over-optimisation was seen: ")
-    assert ("RL, beta 0, with every seed: 50 pairs (gold lost 1.50 (1.00 to 2.00), score gained 3.50 (3.00 to 4.00))."
+    assert ("* RL, beta 0: with every seed 50 pairs (1.50 (1.00 to 2.00)); with some seeds 200 pairs (0.05 (-0.20 to "
+            "0.30)); with no seed 4000 pairs (-0.15 (-0.20 to -0.10))\n" in words)
+    assert "* RL, beta 0.1: with no seed 4000 pairs (0.15" in words         # gold fell, but the score fell too
+    assert "with all of 2 seeds about once in 4 times" in words
+    assert ("With RL, beta 0.1 in place of RL, beta 0, gold at the end is higher with every seed at 50 pairs (2.75"
             in words)
-    assert "RL, beta 0, with some seeds only: 200 pairs (" in words
-    assert "RL, beta 0, with no seed: 4000 pairs (" in words
-    assert "RL, beta 0.1, with no seed: 4000 pairs" in words            # gold fell, but the score fell too
-    assert "all of 2 seeds fall by chance about once in 4 times" in words
-    assert "At the end of RL, beta 0.1, against RL, beta 0, gold is higher with every seed at 50 pairs (" in words
     assert "Gold gained at the end of RL, beta 0: 4000 pairs" in words and "Lower with every seed: 50 pairs" in words
-    assert "RL, beta 0: Gao et al.'s form fits" in words
+    assert "forms, over single runs: RL, beta 0 (0.90), RL, beta 0.1 (0.90)." in words
     none = study_reward.overoptimisation_words([row for row in rows if row["pairs"] != 50])
-    assert none.startswith("Over-optimisation was not seen: ")
-    assert "with every seed: " not in none.split("Where gold")[0]
+    assert none.startswith("Over-optimisation was not seen: ") and "with every seed 50" not in none
+    assert "* RL, beta 0: with some seeds 200 pairs" in none
     assert "Gao" not in study_reward.overoptimisation_words(overoptimised("RL, beta 0", 50, [0], [0], [1], r2=None))
 
 
