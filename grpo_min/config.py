@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from grpo_min.ranks import join
+from grpo_min.ranks import join, leave
 
 
 class UserError(ValueError):
@@ -78,6 +78,7 @@ def run_command(main):
     """Run a command's main(): a UserError becomes one line on standard error and its exit code."""
     try:
         main()
+        leave()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -27,6 +27,12 @@ def join(device):
     return device
 
 
+def leave():
+    """Part from the other ranks before the process ends, or its threads may still run then and abort it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def share(rows):
     """This rank's part of a batch's rows, of which every rank has equally many."""
     n = len(rows) // RANKS

@@ -309,11 +309,6 @@ class Run:
             print(f"\nnote: other processes use the cores: on with 1 thread, not {threads} (that changes last digits)")
             torch.set_num_threads(1)
 
-    def check_finite(self, loss, norm):
-        """Stop, before the update, if the loss or the gradient is not a number."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.fail(f"the loss is {loss} and the gradient's norm {norm}")
-
     def fail(self, what):
         kept = f"; the last good checkpoint is {self.folder / 'checkpoint.pt'}" if self.folder else ""
         raise UserError(f"{what}: try a smaller learning rate{kept}", exit_code=1)
@@ -382,7 +377,8 @@ def update(run, model, optimizer, loss, max_norm=1.0):
     for parameter in model.parameters():
         mean(parameter.grad)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-    run.check_finite(loss.item(), norm)
+    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+        run.fail(f"the loss is {loss.item()} and the gradient's norm {norm}")
     optimizer.step()
     return norm
 

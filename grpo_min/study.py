@@ -9,6 +9,8 @@ equally many completions per step, judged on the validation prompts, with at lea
 per run), NAME-curves.csv (a row per step), NAME.md (the table, and what it says in words) and NAME.png into
 tutorials/results.
 
+noise, overoptimisation, kl: the learned reward on the animals; study_reward.py says what they are about.
+
 threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
 processes as there are cores. Writes tutorials/results/threads.md.
 
@@ -34,7 +36,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min import grpo, runs, sft
+from grpo_min import grpo, runs, sft, study_reward
 from grpo_min.compare import ALGORITHMS, beside_each_other, train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import answers, evaluate, held_out
@@ -73,9 +75,10 @@ class StudyConfig:
     """Run a study and write its results as CSV and as a Markdown table. The name of the study comes first."""
     run: str = option("runs/study", "folder for the runs")
     out: str = option(str(RESULTS), "folder for the results")
-    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 where learning is compared")
+    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 for the others")
     steps: int = option(0, "batches per run; 0: the study's, or the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
+    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model, for kl")
     eval_prompts: int = option(1000, "validation prompts per evaluation")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
     quick: bool = option(False, "a smoke test: two settings of each")
@@ -320,7 +323,7 @@ def fill_in(text):
 
 
 STUDIES = {"tuning": tuning, "threads": threads, "countdown": countdown, "publish": publish,
-           **{name: functools.partial(learning, name=name) for name in LEARNING}}
+           **{name: functools.partial(learning, name=name) for name in LEARNING}, **study_reward.STUDIES}
 
 
 def main(argv=None):

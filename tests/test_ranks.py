@@ -116,4 +116,4 @@ if __name__ == "__main__":
     gradients = first_gradients(folder)
     if ranks.RANK == 0:
         torch.save(gradients, Path(sys.argv[1]) / "gradients.pt")
-    torch.distributed.destroy_process_group()
+    ranks.leave()
