@@ -16,7 +16,6 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-import torch
 
 from grpo_min import grpo, ppo, sft
 from grpo_min.compare import beside_each_other, train_or_reuse
@@ -91,16 +90,17 @@ def write_study(config, name, found, curves, lines):
 # --- is_rl_needed -------------------------------------------------------------------------------------------------
 
 ONLINE, OFFLINE, MORE, SFT = "filtered SFT, online", "filtered SFT, offline", "SFT for longer", "SFT"
-WAYS = ["GRPO", ONLINE, OFFLINE, MORE]
-EPOCHS, BATCH = 4, 64     # of the offline fine-tuning
-SHARES = [0.25, 0.5, 1]   # of the completions: what the offline curve is made of
+EPOCHS, BATCH, LR = 4, 32, 1e-3                     # of the offline fine-tuning
+SHARES = [0.25, 0.5, 1]                             # of the completions: what the offline curve is made of
 
 
 def is_rl_needed(config):
     """GRPO, filtered SFT online and offline, and SFT for longer: what they reach, and what that says."""
     seeds, steps = size(config)
     with beside_each_other(pick_device(config.device)) as begin:
-        jobs = {way: [begin(one_way, config, way, seed, steps) for seed in range(1, seeds + 1)] for way in WAYS}
+        ways = {"GRPO": online, ONLINE: online, OFFLINE: offline, MORE: offline}
+        jobs = {way: [begin(train, config, way, seed, steps) for seed in range(1, seeds + 1)]
+                for way, train in ways.items()}
         start = begin(sft_figures, config).result()
         results = {way: [job.result() for job in of_way] for way, of_way in jobs.items()}
     found = {way: [reached for reached, _ in of_way] for way, of_way in results.items()}
@@ -125,46 +125,54 @@ def sft_figures(config):
                 **measure(policy, policy, held_out("arithmetic", "val", config.eval_prompts)))
 
 
-def one_way(config, way, seed, steps):
-    """Train one way with one seed -> what it reached, and the rows of its curve: accuracy against completions."""
-    device, rows = pick_device(config.device), held_out("arithmetic", "val", config.eval_prompts)
-    start, B = load_model(config.sft, "GPT", device), Q * G
-    folder, common = Path(config.run) / f"is_rl_needed-{way}-{seed}".replace(" ", "_"), dict(setting=way, seed=seed)
-    if way in ("GRPO", ONLINE):
-        policy, metrics = train_or_reuse(grpo.train, grpo.GRPOConfig(
-            run=str(folder), sft=config.sft, device=config.device, seed=seed, steps=steps, prompts_per_step=Q,
-            group_size=G, beta=0.0, advantage="none" if way == ONLINE else "mean"))
-        curve = [dict(common, completions=row["completions"], accuracy=row["accuracy"]) for row in metrics]
-        return dict(common, completions=steps * B, updates=steps, **measure(policy, start, rows)), curve
+def online(config, way, seed, steps):
+    """Train GRPO, or filtered SFT online, with one seed -> what it reached, and the rows of its curve: accuracy against
+    completions."""
+    policy, metrics = train_or_reuse(grpo.train, grpo.GRPOConfig(
+        run=str(Path(config.run) / f"is_rl_needed-{way}-{seed}".replace(" ", "_")), sft=config.sft, seed=seed,
+        device=config.device, steps=steps, prompts_per_step=Q, group_size=G, beta=0.0,
+        advantage="none" if way == ONLINE else "mean"))
+    start = load_model(config.sft, "GPT", pick_device(config.device))
+    rows = held_out("arithmetic", "val", config.eval_prompts)
+    curve = [dict(setting=way, seed=seed, completions=row["completions"], accuracy=row["accuracy"]) for row in metrics]
+    return dict(setting=way, seed=seed, completions=steps * Q * G, updates=steps, **measure(policy, start, rows)), curve
+
+
+def offline(config, way, seed, steps):
+    """Fine-tune on the right completions of the SFT model (or as long on the demonstrations) with one seed -> what that
+    reached with all completions, and the rows of its curve: of the first quarter, the first half, and all."""
+    start = load_model(config.sft, "GPT", pick_device(config.device))
+    rows = held_out("arithmetic", "val", config.eval_prompts)
     right, curve = right_answers(start, seed, steps), []
-    require(len(right) >= BATCH, f"only {len(right)} of {steps * B} answers are right: too few for batches of {BATCH}")
     make_folder(Path(config.run))
     for share in SHARES if way == OFFLINE else [1]:
-        first = right[:max(BATCH, int(share * len(right)))]       # in the order of sampling
-        updates = max(1, EPOCHS * len(first) // BATCH)
-        path = DATA / "sft.jsonl"
+        sampled = max(1, int(share * steps))                                                  # steps
+        chosen = [row for of_step in right[:sampled] for row in of_step]
+        require(len(chosen) >= BATCH, f"only {len(chosen)} of {sampled * Q * G} answers are right: too few for batches "
+                f"of {BATCH}")
+        folder = Path(config.run) / f"is_rl_needed-{way}-{share}-{seed}".replace(" ", "_")
+        file = Path(f"{folder}.jsonl") if way == OFFLINE else DATA / "sft.jsonl"
         if way == OFFLINE:
-            path = Path(f"{folder}-{share}.jsonl")
-            save_file(path, "".join(json.dumps(row) + "\n" for row in first).encode())
-        policy, _ = train_or_reuse(sft.train, sft.SFTConfig(
-            run=f"{folder}-{share}", base=config.sft, demonstrations=str(path), steps=updates, batch_size=BATCH,
-            lr=1e-3, warmup=10, seed=seed, device=config.device))
-        reached = dict(common, completions=int(share * steps * B) if way == OFFLINE else 0, updates=updates,
-                       **measure(policy, start, rows))
+            save_file(file, "".join(json.dumps(row) + "\n" for row in chosen).encode())
+        policy, metrics = train_or_reuse(sft.train, sft.SFTConfig(
+            run=str(folder), base=config.sft, demonstrations=str(file), steps=EPOCHS * len(chosen) // BATCH,
+            batch_size=BATCH, lr=LR, warmup=10, seed=seed, device=config.device))
+        reached = dict(setting=way, seed=seed, completions=sampled * Q * G if way == OFFLINE else 0,
+                       updates=len(metrics), **measure(policy, start, rows))
         curve.append({key: reached[key] for key in ("setting", "seed", "completions", "accuracy")})
     return reached, curve
 
 
 def right_answers(policy, seed, steps):
-    """What GRPO would sample in so many steps if the policy stayed as it is, and of it the right completions: a list of
-    {prompt, response}."""
+    """What GRPO would sample in so many steps if the policy stayed as it is, and of it the right completions: for each
+    step a list of {prompt, response}."""
     rows, found = read_jsonl(DATA / "arithmetic_train.jsonl", ["prompt", "answer"], Q), []
     for step in range(steps):
         batch = [rows[i] for i in batch_rows(len(rows), Q, seed, step)]
         prompts = Prompts.from_texts([row["prompt"] for row in batch], next(policy.parameters()).device)
         rollout = sample(policy, prompts, G, 40, 1.0, generator(seed, step))
         rewards, texts = score(correct, batch, rollout, G)                                    # (B,)
-        found += [dict(prompt=batch[b // G]["prompt"], response=texts[b]) for b in range(Q * G) if rewards[b] > 0]
+        found.append([dict(prompt=batch[b // G]["prompt"], response=texts[b]) for b in range(Q * G) if rewards[b] > 0])
     return found
 
 

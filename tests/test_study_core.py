@@ -236,7 +236,7 @@ def test_right_answers_are_those_of_grpos_first_batch(monkeypatch):
     seen = tiny.recorded_rollouts(grpo, monkeypatch)
     grpo.train(grpo.GRPOConfig(run="", steps=1, prompts_per_step=study_core.Q, group_size=study_core.G, device="cpu",
                                seed=3))
-    found = study_core.right_answers(load_model(SFT, "GPT"), 3, 1)
+    found = study_core.right_answers(load_model(SFT, "GPT"), 3, 1)[0]
     prompts, rollout = seen[0]
     answers = {row["prompt"]: row["answer"] for row in read_jsonl(DATA / "arithmetic_train.jsonl", ["prompt"])}
     sampled = [(prompts.texts[b // study_core.G], text) for b, text in enumerate(rollout.texts())]
@@ -273,13 +273,13 @@ def test_is_rl_needed_to_the_end(tmp_path, in_process, capsys):
     command = ["is_rl_needed", *QUICK, "--run", str(tmp_path / "runs"), "--out", str(tmp_path)]
     study.main(command)
     rows, text = files(tmp_path, "is_rl_needed")
-    assert [row["setting"] for row in rows] == ["SFT", *study_core.WAYS]
+    assert [row["setting"] for row in rows] == ["SFT", "GRPO", study_core.ONLINE, study_core.OFFLINE, study_core.MORE]
     assert [row["completions"] for row in rows] == ["0", "384", "384", "384", "0"]
     assert text in capsys.readouterr().out + "\n"
     curves = read_csv(tmp_path / "is_rl_needed-curves.csv")
-    assert [row["completions"] for row in curves] == [128, 256, 384] * 2 + [96, 192, 384] + [0]
+    assert [row["completions"] for row in curves] == [128, 256, 384] * 2 + [128, 128, 384] + [0]
     kept = read_jsonl(next((tmp_path / "runs").glob("*offline-1-1.jsonl")), ["prompt", "response"])
-    assert int(rows[3]["updates"]) == 4 * len(kept) // 64
+    assert int(rows[3]["updates"]) == 4 * len(kept) // 32
     study.main(command)
     assert "step 1/" not in capsys.readouterr().out and files(tmp_path, "is_rl_needed")[1] == text
 
@@ -287,8 +287,8 @@ def test_is_rl_needed_to_the_end(tmp_path, in_process, capsys):
 def test_too_few_right_answers_are_one_line(tmp_path):
     config = study.StudyConfig(sft=tiny.checkpoint(tmp_path / "sft.pt", context=128), run=str(tmp_path), device="cpu",
                                eval_prompts=2)
-    with pytest.raises(UserError, match="only 0 of 128 answers are right: too few for batches of 64"):
-        study_core.one_way(config, study_core.OFFLINE, 1, 1)
+    with pytest.raises(UserError, match="only 0 of 128 answers are right: too few for batches of 32"):
+        study_core.offline(config, study_core.OFFLINE, 1, 1)
 
 
 # --- critics ------------------------------------------------------------------------------------------------------
