@@ -293,16 +293,16 @@ def recipes_one_update(config):
         lines += [f"**{moment[0].upper() + moment[1:]}**", ""]
         lines += table_row(["cosine", *names, "tokens left out"]) + table_row(["---"] * (len(names) + 2))
         for i, name in enumerate(names):
-            lines += table_row([name, *(f"{cosine:.2f}" for cosine in cosines[:, m, i].mean(0)),
+            lines += table_row([name, *(shown_cosine(cosines[:, m, i, j]) for j in range(len(names))),
                                 f"{left_out[:, m, i].mean():.0%}"])
         lines += [""]
     lines += [f"Cosines between the recipes' gradients of the surrogate on the same {Q} x {G} completions of the SFT "
-              f"model, means over {count} batches; intervals are 95% bootstrap intervals over batches. No KL penalty "
-              "and no dynamic sampling. Tokens left out: share of the tokens with an advantage that have no gradient, "
+              f"model, means over {count} batches; =: the same direction in every batch. Intervals are 95% bootstrap "
+              "intervals over batches. No KL penalty and no dynamic sampling. Tokens left out: share of the tokens with an advantage that have no gradient, "
               f"because their ratio is clipped. The updates are those of plain GRPO (`no recipe`). {date.today()}.", "",
               recipes_in_words(names, moments, cosines, left_out)]
     save_file(out / "recipes-one-update.md", "\n".join(lines + [""]).encode())
-    plot_recipes(names, moments, cosines.mean(0), out / "recipes-one-update.png")
+    plot_recipes(names, moments, cosines, out / "recipes-one-update.png")
     print("\n" + "\n".join(lines))
 
 
@@ -348,11 +348,19 @@ def cosine_matrix(vectors):
     return (unit @ unit.T).cpu().numpy()
 
 
+SAME = 1 - 1e-5           # a cosine above this is 1 but for rounding
+
+
+def shown_cosine(cosines):
+    """Cosines of the batches (n,) -> their mean, or = where all of them are 1."""
+    return "=" if cosines.min() > SAME else f"{cosines.mean():.3f}"
+
+
 def alike(cosines):
     """Cosines (R, R) -> lists of those that have one direction: the numbers of R vectors, in their order."""
     groups = []
     for i in range(len(cosines)):
-        group = next((group for group in groups if cosines[i, group[0]] > 1 - 1e-5), None)
+        group = next((group for group in groups if cosines[i, group[0]] > SAME), None)
         groups = groups if group else groups + [[]]
         (group or groups[-1]).append(i)
     return groups
@@ -371,8 +379,8 @@ def recipes_in_words(names, moments, cosines, left_out):
             means = cosines[:, m].mean(0)
             i, j = min(pairs, key=lambda pair: means[pair])
             x, y = max(pairs, key=lambda pair: means[pair])
-            said.append(f"Between directions, the cosine goes from {shown(interval(cosines[:, m, i, j]), '{:.2f}')}, "
-                        f"`{names[i]}` and `{names[j]}`, to {shown(interval(cosines[:, m, x, y]), '{:.2f}')}, "
+            said.append(f"Between directions, the cosine goes from {shown(interval(cosines[:, m, i, j]), '{:.3f}')}, "
+                        f"`{names[i]}` and `{names[j]}`, to {shown(interval(cosines[:, m, x, y]), '{:.3f}')}, "
                         f"`{names[x]}` and `{names[y]}`.")
     most = left_out[:, 1].mean(0).argmax()
     said.append(f"Most tokens are then left out by `{names[most]}`: {shown(interval(left_out[:, 1, most]), '{:.0%}')}."
@@ -381,13 +389,14 @@ def recipes_in_words(names, moments, cosines, left_out):
 
 
 def plot_recipes(names, moments, cosines, path):
-    """cosines (2, R, R) as two maps."""
+    """cosines (batches, 2, R, R) as two maps."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 5.5))
-    for axis, moment, of_moment in zip(axes, moments, cosines):
-        axis.imshow(of_moment, vmin=0, vmax=1, cmap="Blues")
+    for m, (axis, moment) in enumerate(zip(axes, moments)):
+        means = cosines[:, m].mean(0)                                                         # (R, R)
+        axis.imshow(means, vmin=-1, vmax=1, cmap="RdBu")
         for i, j in itertools.product(range(len(names)), repeat=2):
-            axis.text(j, i, f"{of_moment[i, j]:.2f}", ha="center", va="center", fontsize=8,
-                      color="white" if of_moment[i, j] > 0.6 else "black")
+            axis.text(j, i, shown_cosine(cosines[:, m, i, j]), ha="center", va="center", fontsize=8,
+                      color="white" if abs(means[i, j]) > 0.6 else "black")
         axis.set(xticks=range(len(names)), yticks=range(len(names)), yticklabels=names,
                  xlabel=f"cosine of the gradients, {moment}")
         axis.set_xticks(range(len(names)), names, rotation=40, ha="right")

@@ -15,7 +15,7 @@ from grpo_min.config import UserError
 from grpo_min.report import state_bytes
 from grpo_min.rewards import correct
 from grpo_min.rollout import Prompts, sample, token_logprobs
-from grpo_min.runs import DATA, load_checkpoint, load_model, read_csv, read_jsonl
+from grpo_min.runs import DATA, load_checkpoint, load_model, read_jsonl
 from grpo_min.tokenizer import encode_completion
 from tests import tiny
 
@@ -51,10 +51,13 @@ def logprobs_of(policy, prompts, rollout):
 
 
 def files(folder, name):
-    with open(folder / f"{name}.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
     assert (folder / f"{name}.png").stat().st_size > 5000
-    return rows, (folder / f"{name}.md").read_text()
+    return rows_of(folder / f"{name}.csv"), (folder / f"{name}.md").read_text()
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
 
 
 # --- the noise of gradients ---------------------------------------------------------------------------------------
@@ -187,6 +190,8 @@ def test_cosines_by_hand():
                 [-1, -1, -half, 0, 1]]
     assert np.allclose(cosines, expected)
     assert study_gradient.alike(cosines) == [[0, 1], [2], [3], [4]]
+    assert study_gradient.shown_cosine(np.array([1, 1 - 1e-6])) == "="
+    assert study_gradient.shown_cosine(np.array([1, 0.9])) == "0.950"
 
 
 def test_words_about_recipes():
@@ -194,8 +199,8 @@ def test_words_about_recipes():
     said = study_gradient.recipes_in_words(["a", "b", "c"], ["with a ratio of 1", "later"],
                                            np.array([[same, apart]] * 2), np.array([[[0, 0, 0], [0, 0.2, 0.1]]] * 2))
     assert said == ("With a ratio of 1 the 3 have 1 direction: `a` = `b` = `c`. Later the 3 have 3 directions: `a`; "
-                    "`b`; `c`. Between directions, the cosine goes from 0.50 (0.50 to 0.50), `a` and `b`, to 0.90 "
-                    "(0.90 to 0.90), `a` and `c`. Most tokens are then left out by `b`: 20% (20% to 20%).")
+                    "`b`; `c`. Between directions, the cosine goes from 0.500 (0.500 to 0.500), `a` and `b`, to "
+                    "0.900 (0.900 to 0.900), `a` and `c`. Most tokens are then left out by `b`: 20% (20% to 20%).")
     assert study_gradient.recipes_in_words(["a"], ["x", "y"], np.ones((1, 2, 1, 1)), np.zeros((1, 2, 1))).endswith(
         "No recipe leaves a token out.")
 
@@ -276,8 +281,8 @@ def test_is_rl_needed_to_the_end(tmp_path, in_process, capsys):
     assert [row["setting"] for row in rows] == ["SFT", "GRPO", study_core.ONLINE, study_core.OFFLINE, study_core.MORE]
     assert [row["completions"] for row in rows] == ["0", "384", "384", "384", "0"]
     assert text in capsys.readouterr().out + "\n"
-    curves = read_csv(tmp_path / "is_rl_needed-curves.csv")
-    assert [row["completions"] for row in curves] == [128, 256, 384] * 2 + [128, 128, 384] + [0]
+    curves = rows_of(tmp_path / "is_rl_needed-curves.csv")
+    assert [int(row["completions"]) for row in curves] == [128, 256, 384] * 2 + [128, 128, 384] + [0]
     kept = read_jsonl(next((tmp_path / "runs").glob("*offline-1-1.jsonl")), ["prompt", "response"])
     assert int(rows[3]["updates"]) == 4 * len(kept) // 32
     study.main(command)
@@ -342,6 +347,6 @@ def test_critic_to_the_end(tmp_path, in_process, capsys):
     assert [row["setting"] for row in rows] == ["separate", study_core.NO_CRITIC, study_core.SHARED_TRUNK]
     assert [row["ev_mean"] == "" for row in rows] == [False, True, False] and text in capsys.readouterr().out + "\n"
     assert float(rows[1]["megabytes"]) < float(rows[2]["megabytes"]) < float(rows[0]["megabytes"])
-    assert len(read_csv(tmp_path / "critic-curves.csv")) == 9
+    assert len(rows_of(tmp_path / "critic-curves.csv")) == 9
     study.main(command)
     assert "step 1/" not in capsys.readouterr().out and files(tmp_path, "critic")[1] == text
