@@ -470,3 +470,52 @@ ANSWERS = [     # (exercise, a word of the message, the wrong answer)
     (10, "nothing", lambda batch, draw, rounds: None),
     (10, "3 rounds", filling(rounds_of=lambda rounds: rounds - 1)),
 ]
+
+
+# --- 13 to 19: repairs that are none --------------------------------------------------------------------------------
+
+REPAIRS = [     # (bug hunt, a word of the message, mended or not, a line of that file, what it was made)
+    (13, "moved along", "bug", "        its.data = policys.data", "        its.data = policys.data.detach()"),
+    (13, "same logits", "mended", "        its.data.copy_(policys.data)", "        pass"),
+    (13, "no longer be trained", "mended", "    reference = GPT(policy.config)", "    reference = policy"),
+    (13, "need no gradient", "mended", "    return reference.requires_grad_(False)", "    return reference"),
+    (13, "k1", "mended", "    log_ratio = ref_logprobs - logprobs", "    log_ratio = logprobs - ref_logprobs"),
+    (14, "paid for drifting", "bug", "    log_ratio = ", "    log_ratio = logprobs - ref_logprobs"),
+    (14, "paid for drifting", "bug", "    return -(surr", "    return (surrogate * mask).sum(dim=1).mean()"),
+    (14, "sign", "mended", "    return -(surrogate * mask)", "    return (surrogate * mask).sum(dim=1).mean()"),
+    (14, "k1", "mended", "    return kl ", "    return kl.abs()"),
+    (14, "no gradient", "mended", "    return kl ", "    return kl.detach()"),
+    (15, "other groups are all equal", "bug", "    baseline = ", "    baseline = groups.mean(dim=0, keepdim=True)"),
+    (15, "other groups are all equal", "bug", "    return advantages.flatten()", "    return advantages.T.flatten()"),
+    (15, "other groups are all equal", "mended", "    baseline = ", "    baseline = groups.mean()"),
+    (16, "promises", "bug", "    following = torch.where(", "    following = torch.maximum(following, values)"),
+    (16, "value of the next state", "mended", "    deltas = ", "    deltas = rewards - values"),
+    (16, "value_loss", "mended", "    error = (values - returns) ** 2", "    error = (values - returns).abs()"),
+    (17, "advantage of", "bug", "        advantages = advantages / (groups.std(",
+     "        advantages = advantages / (groups.std(dim=1, keepdim=True) + 1e-4)"),
+    (17, "float64", "mended", "    return advantages.flatten()", "    return advantages.flatten()"),
+    (17, "0 / 0", "mended", "        advantages = advantages / (groups.std(",
+     "        advantages = advantages / groups.std(dim=1, keepdim=True)"),
+    (18, "nothing pushes it back", "bug", "    losses = ", "    losses = -clipped * advantages"),
+    (18, "pushed further", "bug", "    losses = ", "    losses = -ratio * advantages"),
+    (18, "nothing pushes it back", "bug", "    losses = ",
+     "    losses = torch.min(ratio * advantages, clipped * advantages)"),
+    (19, "still says 0", "bug", "    critic.trunk = trunk",
+     "    critic.trunk = trunk; optimizer = torch.optim.AdamW(critic.parameters(), lr=lr)"),
+    (19, "trunk under it", "mended", "    optimizer = ",
+     "    optimizer = torch.optim.AdamW(critic.scalar.parameters(), lr=lr)"),
+    (19, "share weights", "mended", "    critic.trunk = trunk", "    critic.trunk = policy"),
+    (19, "lr used", "mended", "    optimizer = ", "    optimizer = torch.optim.AdamW(critic.parameters(), lr=1e-6)"),
+    (19, "policy's weights", "mended", "    trunk.load_state_dict(", "    pass"),
+]
+
+
+def repaired(number, of, line, instead):
+    """The solution ("mended") or the reader's file ("bug"), in which the one line that begins so is another."""
+    path = check.FILES[number] if of == "bug" else check.HERE / "solutions" / check.FILES[number].name
+    lines = path.read_text(encoding="utf-8").splitlines()
+    at, = [i for i, each in enumerate(lines) if each.startswith(line)]
+    lines[at] = instead
+    module = types.ModuleType(path.stem)
+    exec(compile("\n".join(lines), str(path), "exec"), vars(module))
+    return module

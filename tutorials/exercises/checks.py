@@ -10,6 +10,7 @@ from collections import Counter
 
 import torch
 
+from grpo_min.model import GPT, GPTConfig
 from grpo_min.rollout import Prompts, sample
 from grpo_min.runs import DATA, generator, load_model, read_jsonl
 from grpo_min.tokenizer import END, PAD, encode_completion, encode_prompt
@@ -710,4 +711,156 @@ def check_12(module):
         expect(mean <= 0.6 * rewards.max(), f"the constant answer \"{constant:.40}\" gets {mean:.2f} on average, "
                f"where a right one gets {rewards.max():g}: a policy would find that and ignore the prompts")
 
-HINTS = {}
+
+# --- 13 to 19: bug hunts. First what can be seen from outside, without the line --------------------------------------
+
+def tiny_policy(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(context=16, layers=1, heads=1, width=8))
+
+
+def check_kl(f, name):
+    logprobs, ref = random(2, 6, 5)
+    r = ref - logprobs
+    for kind, right in ("k1", -r), ("k2", r ** 2 / 2), ("k3", r.exp() - r - 1):
+        got = call(f, (6, 5), logprobs, ref, kind, name=name)
+        expect(same(got, right), f"{kind} of random log-probabilities is not right: the first should be "
+               f"{right[0, 0]:.4f}, but is {got[0, 0]:.4f}")
+
+
+def check_13(module):
+    policy, ids = tiny_policy(), torch.arange(10)[None]
+    with torch.no_grad():
+        start = policy.plain(ids)
+        reference = module.reference_of(policy)
+        expect(isinstance(reference, GPT), "reference_of should return a GPT")
+        before = reference.plain(ids)
+        expect(same(before, start), "at the start the reference and the policy should give the same logits, but do not")
+        expect(all(weight.requires_grad for weight in policy.parameters()), "once there is a reference, the policy "
+               "can no longer be trained: its weights want no gradient")
+        expect(not any(weight.requires_grad for weight in reference.parameters()), "the reference should need no "
+               "gradient")
+        for weight in policy.parameters():
+            weight += 0.3
+        expect(not same(policy.plain(ids), start), "the policy's weights were changed, and its logits did not change")
+        expect(same(reference.plain(ids), before), "the policy's weights were changed, as an optimizer would, and the "
+               "reference gave other logits than before: it has moved along. Between the two there is never a "
+               "difference")
+    check_kl(module.kl_estimate, "kl_estimate")
+
+
+def check_14(module):
+    ref = torch.tensor([[0.3, 0.4, 0.3]]).double().log()
+    for kind in "k2", "k3":
+        logits = torch.tensor([[0.7, 0.2, 0.1]]).double().log().requires_grad_()
+
+        def kl():
+            logprobs = logits.log_softmax(-1)
+            return (logprobs.exp() * (logprobs - ref)).sum().item()
+        before, logprobs = kl(), logits.log_softmax(-1)
+        # Each token as often as the policy samples it: the expectation of the loss that the loop has.
+        loss = (logprobs.exp().detach() * call(module.penalty, (1, 3), logprobs, ref, kind)).sum()
+        expect(loss.requires_grad, "the penalty has no gradient for logprobs")
+        loss.backward()
+        with torch.no_grad():
+            logits -= 0.1 * logits.grad
+        expect(kl() < before, f"one step of gradient descent on the penalty ({kind}) took a policy from a KL of "
+               f"{before:.4f} to {kl():.4f}: it is paid for drifting, not charged")
+    check_kl(module.penalty, "penalty")
+    check_surrogate(module.policy_loss)
+
+
+def check_15(module):
+    f = module.group_advantages
+    for Q, G in (2, 3), (3, 2), (4, 2):
+        for row in range(Q * G):
+            rewards = torch.zeros(Q * G)
+            rewards[row] = 1
+            got = call(f, (Q * G,), rewards, G)
+            expect(got.argmax() == row, f"{Q} groups of {G}, and only completion {row} was right. Most reinforced is "
+                   f"completion {int(got.argmax())}: the prize goes to another one")
+            others = torch.arange(Q * G) // G != row // G
+            expect((got[others] == 0).all(), f"{Q} groups of {G}, and only completion {row} was right. The rewards of "
+                   f"the other groups are all equal, and yet their advantages are not all 0: {numbers(got)}")
+    check_01(module)
+    check_surrogate(module.policy_loss)
+
+
+def check_16(module):
+    rewards, mask = torch.tensor([[0.0, 0, 1, 0], [0, 0, 0, 1]]).double(), ragged([3, 4])
+    values = torch.zeros(2, 4).double()
+    for _ in range(10):
+        _, values = gae_of(module.gae, rewards, values, mask, 1.0, 0.95)
+    expect(values.max() < 1.01, "I let a critic learn your returns exactly, ten times over, on two completions with "
+           f"reward 1. It then promises {values.max().item():.3g} for a token, where nothing is worth more than 1")
+    check_05(module)
+    values = torch.tensor([[1.0, 2, 50], [3, 50, 50]]).double()
+    for clip, right in (0, (1 + 4 + 9) / 4), (0.2, (1 + 4 + 9) / 4):
+        zeros = torch.zeros(2, 3).double()
+        got = call(module.value_loss, (), values, zeros, zeros, ragged([2, 1], 3), clip)
+        explain(got, torch.tensor(right), f"value_loss with errors of 1, 2 and 3 in two completions, clip {clip}", [])
+
+
+def check_17(module):
+    f = module.group_advantages
+    for reward, G in (0.7, 12), (0.1, 12), (0.1, 6), (0.7, 7):
+        for scale in True, False:
+            got = call(f, (2 * G,), torch.tensor([reward] * 2 * G), G, scale)
+            expect(not got.isnan().any(), f"{G} equal rewards of {reward}: the advantages are 0 / 0")
+            expect((got == 0).all(), f"{G} equal rewards of {reward} {'with' if scale else 'without'} scale: there is "
+                   f"nothing to choose between them, and yet each has an advantage of {got[0].item():.2g}")
+    check_01(module)
+
+
+def check_18(module):
+    _, gradients = surrogates(module.policy_loss, [1.5, 0.5, 1.5, 0.5], [2.0, -2, -2, 2])
+    further = "is pushed further all the same"
+    expect(gradients[0] == 0, "a good token (advantage 2) has become 1.5 times as likely, more than the clip allows, "
+           "and "
+           + further)
+    expect(gradients[1] == 0, "a bad token (advantage -2) has become half as likely, less than the clip allows, and "
+           + further)
+    expect(gradients[2] < 0, "a bad token (advantage -2) has become 1.5 times as likely, and nothing pushes it back")
+    expect(gradients[3] > 0, "a good token (advantage 2) has become half as likely, and nothing pushes it back")
+    check_surrogate(module.policy_loss)
+
+
+def check_19(module):
+    policy, prompts, ids = tiny_policy(), Prompts.from_texts(["a"]), torch.tensor([[7, 8, 9]])
+    weights = {name: weight.clone() for name, weight in policy.state_dict().items()}
+    critic, optimizer = module.critic_and_optimizer(policy, 0.02)
+    expect((critic(prompts, ids) == 0).all(), "the first values should all be 0: its head starts with zeros")
+    expect(same(critic.trunk.plain(ids), policy.plain(ids)), "the critic should start from the policy's weights, and "
+           "does not")
+    trunk = {name: weight.clone() for name, weight in critic.trunk.state_dict().items()}
+    for _ in range(30):
+        optimizer.zero_grad()
+        ((critic(prompts, ids) - 1) ** 2).sum().backward()
+        optimizer.step()
+    values = critic(prompts, ids)
+    expect((values != 0).all(), "I trained it for 30 steps to say 1, and it still says 0 everywhere: no weight that "
+           "it computes with has changed")
+    expect(all(torch.equal(weights[name], weight) for name, weight in policy.state_dict().items()),
+           "training the critic has changed the policy: they share weights")
+    expect(not all(torch.equal(trunk[name], weight) for name, weight in critic.trunk.state_dict().items()),
+           "the head learns, but the trunk under it stays as it was")
+    expect(((values - 1).abs() < 0.5).all(), f"I trained it for 30 steps to say 1 with a learning rate of 0.02, and "
+           f"it says {numbers(values.detach()[0])}: is lr used?")
+
+
+HINTS = {
+    13: "its.data = policys.data copies no number: from then on both names stand for the same memory, and the "
+     "optimizer writes into it. Who else needs to know copy_, clone or copy.deepcopy?",
+    14: "The loss is minimised. The objective, reward minus beta times the KL, is maximised: one is minus the other. "
+     "How many times has the sign been turned?",
+    15: "view(a, b) fills row after row. Take 6 rewards of 2 prompts, 3 each: which view makes rows of 3, and what "
+     "does flatten() read first after a transposition?",
+    16: "After its last token a completion has no future. What is `following` there? In the returns it is added to the "
+        "reward, the critic learns the sum, and next time it is more.",
+    17: "The mean of twelve 0.7 is not 0.7 in float32, because their sum is rounded. The difference is tiny, and so "
+     "is the standard deviation that it is divided by. float64 holds the sum of equal float32 numbers exactly.",
+    18: "The paper takes the smaller of the two products, of an objective. Minus the smaller of two numbers is the "
+     "larger of what, once both are negated?",
+    19: "An optimizer has those weights that existed when it was made. Which of them does the critic still have at "
+     "the end?",
+}

@@ -15,16 +15,17 @@ import torch
 
 from grpo_min import grpo, ppo, reward_model, sft
 from grpo_min.plots import finish, plt
-from grpo_min.rewards import score
+from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, Rollout, sample
-from grpo_min.runs import batch_rows, generator, make_folder, save_file
+from grpo_min.runs import batch_rows, generator, make_folder, optimizer_for, save_file
 
 CONFIGS = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, reward_model: reward_model.RewardModelConfig}
 SHORT = dict(prompts_per_step=16, group_size=8)       # 128 completions per step
 LABELS = dict(reward="reward", accuracy="share of right answers", kl="KL to the reference (nats)", loss="loss",
               length="completion length (tokens)", grad_norm="gradient norm", dropped="groups replaced per step",
               equal_groups="share of all-equal groups", explained_variance="explained variance",
-              clip_high="share of ratios above the clip", gap="gap (nats)", entropy="entropy (nats per token)")
+              clip_high="share of ratios above the clip", clip_low="share of ratios below it", gap="gap "
+               "(nats)", entropy="entropy (nats per token)")
 
 
 @dataclass
@@ -88,6 +89,24 @@ def refilling(fill_batch):
     return refill
 
 
+def critic_from(critic_and_optimizer):
+    """start_critic and optimizer_for, of which the critic gets the reader's."""
+    made = {}
+
+    def start_critic(config, policy, device):
+        critic, made[critic] = critic_and_optimizer(policy, config.critic_lr)
+        return critic
+
+    def optimizer_of(model, lr):
+        return made[model] if model in made else optimizer_for(model, lr)
+    return dict(start_critic=start_critic, optimizer_for=optimizer_of)
+
+
+def graded(prompts, completions, **columns):
+    """0.7 for right answers, 0.1 for others."""
+    return [0.1 + 0.6 * right for right in correct(prompts, completions, **columns)]
+
+
 @contextmanager
 def in_place(module, name, part):
     """module.name is `part` inside of the with block."""
@@ -118,6 +137,18 @@ SWAPS = {
     10: Swap(grpo, lambda m: dict(refill=refilling(m.fill_batch)), dict(dynamic_sampling=True),
              ("accuracy", "dropped", "equal_groups", "kl")),
     11: Swap(grpo, lambda m: dict(reward=m.reward), {}, ("reward", "accuracy", "length", "kl")),
+    13: Swap(grpo, lambda m: dict(copy=SimpleNamespace(deepcopy=m.reference_of), kl=m.kl_estimate)),
+    14: Swap(grpo, lambda m: dict(loss=m.policy_loss, kl=m.penalty), dict(beta=0.1)),
+    15: Swap(grpo, lambda m: dict(advantage=m.group_advantages, loss=m.policy_loss)),
+    16: Swap(ppo, lambda m: dict(advantage=m.gae, value_loss=m.value_loss), {},
+             ("accuracy", "explained_variance", "kl", "grad_norm")),
+    17: Swap(grpo, lambda m: dict(advantage=m.group_advantages),
+             dict(prompts_per_step=10, group_size=12, scale_advantages=True),
+             ("accuracy", "equal_groups", "grad_norm", "kl"), dict(reward=graded)),
+    18: Swap(grpo, lambda m: dict(loss=m.policy_loss), dict(epochs=2, minibatches=4),
+             ("accuracy", "clip_high", "clip_low", "kl")),
+    19: Swap(ppo, lambda m: critic_from(m.critic_and_optimizer), {},
+             ("accuracy", "explained_variance", "kl", "grad_norm")),
 }
 REFERENCE = {9: "the reward `correct`", 11: "the reward `correct`, whose own reward is drawn"}
 
