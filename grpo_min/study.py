@@ -9,12 +9,12 @@ equally many completions per step, judged on the validation prompts, with at lea
 per run), NAME-curves.csv (a row per step), NAME.md (the table, and what it says in words) and NAME.png into
 tutorials/results.
 
-noise, overoptimisation, kl: the learned reward on the animals; study_reward.py says what they are about.
+gradients, recipes_one_update: the gradients themselves (study_gradient.py); is_rl_needed, critic: what else could be
+done (study_core.py); noise, overoptimisation, kl: the learned reward on the animals (study_reward.py); countdown: a
+task of one's own (study_countdown.py).
 
 threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
 processes as there are cores. Writes tutorials/results/threads.md.
-
-countdown: see study_countdown.py.
 
 publish: copies what `python -m grpo_min`, and then perhaps `python -m grpo_min.compare --run runs/main/compare` with
 more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README. If the

@@ -92,8 +92,8 @@ def lines(path):
 
 
 # What is around the pipeline: nobody needs it to understand a stage.
-UNCOUNTED = ("study", "study_core", "study_countdown", "study_gradient", "study_reward", "report", "page", "benchmark",
-             "compare", "label", "variants", "task", "__main__")
+UNCOUNTED = ("study", "study_core", "study_countdown", "study_gradient", "study_reward", "report", "page",
+             "benchmark", "compare", "label", "variants", "task", "__main__")
 
 
 def test_loops_and_package_stay_short():
