@@ -112,7 +112,7 @@ def one_moment(config, steps, M, Q, G):
         logprobs, _ = token_logprobs(policy, prompts, rollout.completion_ids, rollout.mask)   # (B, N)
         advantages = {name: of(rewards, G)[:, None] for name, of in BASELINES.items()}        # (B, 1) each
         with torch.no_grad():
-            values = critic(prompts, rollout.completion_ids, rollout.mask)[:, :-1]            # (B, N)
+            values = critic.values(prompts, rollout.completion_ids, rollout.mask)             # (B, N)
         charged = ppo.at_last_token(rewards, rollout.mask)                                    # (B, N)
         advantages[CRITIC], _ = ppo.gae(charged, values, rollout.mask, ppo.PPOConfig.gamma, ppo.PPOConfig.lam)
         for name in found:
@@ -298,8 +298,9 @@ def recipes_one_update(config):
         lines += [""]
     lines += [f"Cosines between the recipes' gradients of the surrogate on the same {Q} x {G} completions of the SFT "
               f"model, means over {count} batches; =: the same direction in every batch. Intervals are 95% bootstrap "
-              "intervals over batches. No KL penalty and no dynamic sampling. Tokens left out: share of the tokens with "
-              f"an advantage that have no gradient, because their ratio is clipped. The updates are those of plain GRPO (`no recipe`). {date.today()}.", "",
+              "intervals over batches. No KL penalty and no dynamic sampling. Tokens left out: share of the tokens "
+              "with an advantage that have no gradient, because their ratio is clipped. The updates are those of plain "
+              f"GRPO (`no recipe`). {date.today()}.", "",
               recipes_in_words(names, moments, cosines, left_out)]
     save_file(out / "recipes-one-update.md", "\n".join(lines + [""]).encode())
     plot_recipes(names, moments, cosines, out / "recipes-one-update.png")
