@@ -224,7 +224,7 @@ def test_a_study_writes_what_its_runs_reached_and_runs_nothing_twice(name, runs,
     key = {"noise": ["rate"], "overoptimisation": ["pairs", "arm"], "kl": ["beta", "charged_in"]}[name]
     assert [tuple(row[k] for k in key) for row in rows] == {
         "noise": [("1.0",), ("0.6",)],
-        "overoptimisation": [(n, arm) for n in ("4000", "50") for arm in ("RL, beta 0", "RL, beta 0.1", "best of n")],
+        "overoptimisation": [(n, arm) for n in ("4000", "50") for arm in ("RL, beta 0", "RL, beta 0.3", "best of n")],
         "kl": [("0.0", "nowhere"), ("0.3", "loss"), ("0.3", "reward")]}[name]
     if name == "overoptimisation":
         assert "What the reward models came to like" in text and text.count("| 50 | ") > text.count("best of n | 50 ")
