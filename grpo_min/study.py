@@ -76,7 +76,7 @@ class StudyConfig:
     steps: int = option(0, "batches per run; 0: the study's, or the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model, for kl")
-    eval_prompts: int = option(1000, "validation prompts per evaluation; at most 500 where the reward is learned")
+    eval_prompts: int = option(1000, "validation prompts per evaluation")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
     quick: bool = option(False, "a smoke test: two settings of each")
 

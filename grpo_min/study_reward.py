@@ -34,7 +34,7 @@ from grpo_min.runs import (DATA, columns, fingerprint, generator, load_model, ma
                            write_csv)
 
 RATES = [1.0, 0.9, 0.8, 0.7, 0.6]                   # share of the pairs in which the annotators follow the gold score
-NOISY_PAIRS, NOISY_UPDATES = 4000, 600
+NOISY_PAIRS, NOISY_UPDATES = 4000, 800
 PAIRS = [4000, 1000, 200, 50]                       # choices that a reward model learns from
 BETAS = [0.0, 0.3]                                  # of the RL that over-optimises
 EVERY, WATCHED, POOL = 5, 128, 256                  # steps between looks, prompts looked at, answers to choose from
@@ -227,7 +227,7 @@ def heldout():
 
 
 def validation(config):
-    return held_out("animals", "val", full(config, min(config.eval_prompts, 500), 20))
+    return held_out("animals", "val", full(config, config.eval_prompts, 20))
 
 
 def sft_gold(config):
@@ -241,7 +241,7 @@ def one_noise_run(config, rate, seed):
     pairs = relabel(shuffled(choices, seed)[:full(config, NOISY_PAIRS, 100)], rate, seed)
     checkpoint, reward = train_reward_model(config, f"noise-reward-{rate:.0%}-{seed}", pairs,
                                             full(config, NOISY_UPDATES, 4), seed)
-    policy, metrics = train_policy(config, f"noise-{rate:.0%}-{seed}", checkpoint, full(config, 60, 2), seed)
+    policy, metrics = train_policy(config, f"noise-{rate:.0%}-{seed}", checkpoint, full(config, 70, 2), seed)
     sft = load_model(config.sft, "GPT", pick_device(config.device))
     figures, _ = measure(policy, sft, reward, validation(config))
     return dict(rate=rate, seed=seed, pairs=len(pairs), steps=len(metrics),
@@ -536,7 +536,7 @@ def kl_penalty(config):
 def one_kl_run(config, beta, where, seed):
     """GRPO on the committed reward model -> a row of the table, and a row per step."""
     device = pick_device(config.device)
-    policy, metrics = train_policy(config, f"kl-{beta}-{where}-{seed}", config.reward_model, full(config, 50, 2), seed,
+    policy, metrics = train_policy(config, f"kl-{beta}-{where}-{seed}", config.reward_model, full(config, 60, 2), seed,
                                    beta=beta, **(dict(kl="k1", kl_in="reward") if where == "reward" else {}))
     reward = learned(load_model(config.reward_model, "ScalarGPT", device))
     figures, _ = measure(policy, load_model(config.sft, "GPT", device), reward, validation(config))
