@@ -340,7 +340,7 @@ def one_overoptimisation_run(config, pairs, seed):
         policy, metrics = train_policy(config, f"overoptimisation-{pairs}-beta-{beta}-{seed}", checkpoint, steps, seed,
                                        watch, beta=beta)
         looks = [row for row in metrics if row.get("val_gold", "") != ""]
-        arms[f"RL, beta {beta:g}"] = [dict(start, at=0)] + [
+        arms[f"RL, beta {beta:g}"] = [dict(start, at=0, kl=0.0)] + [
             dict(at=row["step"] + 1, **{name: row[f"val_{name}"] for name in start}) for row in looks]
         if beta == 0 and seed == 1:
             hacked = [dict(pairs=pairs, prompt=prompt, text=text, proxy=proxy, gold=gold)
@@ -402,11 +402,11 @@ def form(d, arm):
 
 
 def fit(points, arm):
-    """Least squares of the form to gains in gold -> alpha, beta, R^2; None for each where two points are lacking, and
-    for R^2 where gold does not change."""
+    """Least squares of the form to gains in gold -> alpha, beta, R^2; None for each with fewer than three points, since
+    two fit always, and for R^2 where gold does not change."""
     moved = [point for point in points if point["kl"] > 0]
     d, gold = np.sqrt([point["kl"] for point in moved]), np.array([point["gold"] for point in moved])
-    if len(set(d)) < 2:
+    if len(set(d)) < 3:
         return None, None, None
     a, b = form(d, arm)
     (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, -b], axis=1), gold, rcond=None)

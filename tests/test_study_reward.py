@@ -93,8 +93,9 @@ def test_fits_find_alpha_and_beta_again(arm, curve):
 
 
 def test_too_few_points_have_no_fit():
-    assert study_reward.fit(points([0, 1, 1], [0, 1, 1]), study_reward.BEST_OF_N) == (None, None, None)
-    assert study_reward.fit(points([0, 1, 4], [0, 0, 0]), study_reward.BEST_OF_N)[2] is None
+    assert study_reward.fit(points([0, 1, 4, 4], [0, 1, 1, 2]), study_reward.BEST_OF_N) == (None, None, None)
+    alpha, beta, r2 = study_reward.fit(points([0, 1, 4, 9], [0, 0, 0, 0]), study_reward.BEST_OF_N)
+    assert (alpha, beta) == (0, 0) and r2 is None
 
 
 def test_what_was_lost_is_measured_on_the_other_prompts():
