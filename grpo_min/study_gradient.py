@@ -38,7 +38,8 @@ BASELINES = {             # rewards (B,), group_size -> advantages (B,)
     "batch mean": lambda rewards, group_size: rewards - rewards.mean(),
     "mean and std": variants.mean_std,
 }
-CRITIC = "critic"
+BEST, CRITIC = "best constant", "critic"
+SCORED = 8                # batches in which the score of every completion is looked at by itself
 UPDATES = 3               # of the batch, before the recipes are compared again
 
 
@@ -62,7 +63,7 @@ def gradients(config):
     """The noise of the gradient under each baseline at three moments of a PPO run, and what that says."""
     last = config.steps or (2 if config.quick else 80)
     moments = list(dict.fromkeys([0, max(1, last * 15 // 80), last]))                         # steps trained
-    sizes = (4, 4, 4) if config.quick else (64, 8, 8)                                         # M, Q, G
+    sizes = (4, 4, 8) if config.quick else (64, 8, 8)                                         # M, Q, G
     with beside_each_other(pick_device(config.device)) as begin:
         jobs = [begin(one_moment, config, steps, *sizes) for steps in reversed(moments)]      # the longest first
         found = [job.result() for job in jobs][::-1]
@@ -84,12 +85,13 @@ def gradients(config):
               "signal. Cosine: of a batch's gradient to that of a large batch, the mean leave-one-out gradient of "
               f"{M} other batches. Means over {M} batches with 95% intervals over batches (jackknife, bootstrap). One "
               "training run of PPO with its defaults, seed 1. "
-              + "; ".join(f"{when(row['steps'])}: accuracy {row['accuracy']:.0%}, explained variance of the critic "
-                          f"{row['explained_variance']:.2f}, cosine of the large-batch gradient to the true one about "
-                          f"{reliability(row['noise'][0], M):.2f}" for row in heads)
-              + f". Leave-one-out is the group mean times G / (G - 1), so that one row serves both; with it, with no "
-              "baseline and with a mean the gradient points to the same place on average, with the standard deviation "
-              f"and with a critic at lambda below 1 it need not. {date.today()}.", "", gradients_in_words(rows)]
+              + " ".join(f"{capital(when(row['steps']))}: accuracy {row['accuracy']:.0%}, explained variance of the "
+                         f"critic {row['explained_variance']:.2f}, cosine of the large-batch gradient to the true one "
+                         f"about {reliability(row['noise'][0], M):.2f}." for row in heads)
+              + " Leave-one-out is the group mean times G / (G - 1), so that one row serves both; with it, with no "
+              "baseline, with a constant and with a mean the gradient points to the same place on average, with the "
+              f"standard deviation and with a critic at lambda below 1 it need not. {date.today()}.", "",
+              gradients_in_words(rows) + " " + best_in_words(heads)]
     save_file(out / "baselines-gradients.md", "\n".join(lines + [""]).encode())
     plot_gradients(rows, out / "baselines-gradients.png")
     print("\n" + "\n".join(lines))
@@ -102,11 +104,16 @@ def one_moment(config, steps, M, Q, G):
     """
     policy, critic = policy_and_critic(config, steps)
     rows = read_jsonl(DATA / "arithmetic_train.jsonl", ["prompt", "answer"], Q)
-    large, found, accuracy, explained = 0, {name: [] for name in [*BASELINES, CRITIC]}, [], []
+    large, found, accuracy, explained = 0, {name: [] for name in [*BASELINES, BEST, CRITIC]}, [], []
+    all_rewards, scores = [], []
     for step in range(M):                                                     # batches that nothing below sees again
         prompts, rollout, rewards = batch_at(policy, rows, Q, G, "gradients", step)
         logprobs, _ = token_logprobs(policy, prompts, rollout.completion_ids, rollout.mask)   # (B, N)
         large = large + first_gradient(logprobs, variants.leave_one_out(rewards, G)[:, None], rollout.mask, policy) / M
+        if step < SCORED:
+            all_rewards += rewards.tolist()
+            scores += squared_scores(policy, prompts, rollout, G)
+    best = best_constant(all_rewards, scores)
     for step in range(M, 2 * M):
         prompts, rollout, rewards = batch_at(policy, rows, Q, G, "gradients", step)
         logprobs, _ = token_logprobs(policy, prompts, rollout.completion_ids, rollout.mask)   # (B, N)
@@ -115,13 +122,14 @@ def one_moment(config, steps, M, Q, G):
             values = critic.values(prompts, rollout.completion_ids, rollout.mask)             # (B, N)
         charged = ppo.at_last_token(rewards, rollout.mask)                                    # (B, N)
         advantages[CRITIC], _ = ppo.gae(charged, values, rollout.mask, ppo.PPOConfig.gamma, ppo.PPOConfig.lam)
+        advantages[BEST] = (rewards - best["best"][0])[:, None]                               # (B, 1)
         for name in found:
             found[name].append(first_gradient(logprobs, advantages[name], rollout.mask, policy).cpu())
         accuracy.append(rewards.mean().item())
         actual, _ = ppo.gae(charged, torch.zeros_like(values), rollout.mask, 1.0, 1.0)        # (B, N)
         explained.append(ppo.explained_variance(values, actual, rollout.mask))
     explained = [value for value in explained if value != ""]                 # "": all rewards of a batch were equal
-    measured = dict(steps=steps, accuracy=np.mean(accuracy), explained_variance=np.mean(explained or [0]))
+    measured = dict(steps=steps, accuracy=np.mean(accuracy), explained_variance=np.mean(explained or [0]), **best)
     return [dict(measured, **row) for row in noise_and_cosine({name: torch.stack(of) for name, of in found.items()},
                                                               large.cpu())]
 
@@ -144,6 +152,26 @@ def first_gradient(logprobs, advantages, mask, policy):
     """The gradient of the clipped surrogate at the first update of a batch: logprobs, mask (B, N), advantages (B, N) or
     (B, 1) -> (d,)."""
     return gradient(grpo.policy_loss(logprobs, logprobs.detach(), advantages, mask, 0.2), policy)
+
+
+def squared_scores(policy, prompts, rollout, G):
+    """|d log pi(completion) / d weights|^2 of each of the B completions, as a list."""
+    found = []
+    for b in range(len(rollout.mask)):
+        logprobs, _ = token_logprobs(policy, prompts.rows(b // G, b // G + 1), rollout.completion_ids[b:b + 1],
+                                     rollout.mask[b:b + 1])                                   # (1, N)
+        found.append(gradient(logprobs.sum(), policy).square().sum().item())
+    return found
+
+
+def best_constant(rewards, scores):
+    """Rewards and squared scores of n completions -> the constant baseline of least variance, E[R s^2] / E[s^2] (Weaver
+    and Tao, 2001), with its interval, the mean reward, and the mean squared score of right and of wrong completions."""
+    rewards, scores = np.array(rewards), np.array(scores)                                     # (n,) each
+    best = jackknife(lambda kept: (rewards * scores)[kept].sum() / scores[kept].sum(), len(rewards))
+    return dict(best=best, mean_reward=rewards.mean(),
+                score_right=scores[rewards > 0].mean() if rewards.any() else None,
+                score_wrong=scores[rewards == 0].mean() if not rewards.all() else None)
 
 
 def noise_and_cosine(found, large):
@@ -222,6 +250,21 @@ def gradients_in_words(rows):
     return " ".join(said)
 
 
+def best_in_words(heads):
+    """A row of each moment -> what the best constant baseline is there, in plain words."""
+    said = []
+    for row in heads:
+        value, low, high = row["best"]
+        against = ("below" if high < row["mean_reward"] else "above" if low > row["mean_reward"] else
+                   "not told apart from")
+        said.append(f"{when(row['steps'])} {shown(row['best'], '{:.2f}')}, {against} the mean reward of "
+                    f"{row['mean_reward']:.2f}" + ("" if row["score_right"] is None or row["score_wrong"] is None else
+                    f" (squared score of a wrong completion {row['score_wrong'] / row['score_right']:.1f} times that "
+                    "of a right one)"))
+    return ("The constant baseline of least variance is the mean of the rewards weighted with the squared score, the "
+            f"gradient of a completion's log-probability (Weaver and Tao, 2001): {'; '.join(said)}.")
+
+
 def sign_of(difference):
     """[value, low, high] -> 1 or -1 where the interval lies on one side of 0, else 0."""
     return 1 if difference[1] > 0 else -1 if difference[2] < 0 else 0
@@ -229,6 +272,10 @@ def sign_of(difference):
 
 def when(steps):
     return f"after {steps} step{'s' if steps > 1 else ''}" if steps else "at the start"
+
+
+def capital(text):
+    return text[0].upper() + text[1:]
 
 
 def shown(figure, form):
@@ -239,7 +286,8 @@ def shown(figure, form):
 def shown_noise(noise):
     if not np.isfinite(noise[0]):
         return "no signal shown"
-    return shown(noise, "{:.3g}") if np.isfinite(noise[2]) else "{:.3g} ({:.3g} or more)".format(*noise[:2])
+    value, low, high = (f"{x:.2f}" if x < 10 else f"{x:.0f}" for x in noise)
+    return f"{value} ({low} to {high})" if np.isfinite(noise[2]) else f"{value} ({low} or more)"
 
 
 def flat(row):
@@ -290,7 +338,7 @@ def recipes_one_update(config):
         for m in range(2) for i in range(len(names)) for j in range(len(names))])
     lines = []
     for m, moment in enumerate(moments):
-        lines += [f"**{moment[0].upper() + moment[1:]}**", ""]
+        lines += [f"**{capital(moment)}**", ""]
         lines += table_row(["cosine", *names, "tokens left out"]) + table_row(["---"] * (len(names) + 2))
         for i, name in enumerate(names):
             lines += table_row([name, *(shown_cosine(cosines[:, m, i, j]) for j in range(len(names))),
@@ -374,7 +422,7 @@ def recipes_in_words(names, moments, cosines, left_out):
         groups = alike(cosines[:, m].min(0))
         together = [" = ".join(f"`{names[i]}`" for i in group) for group in groups]
         pairs = [(i, j) for (i, *_), (j, *_) in itertools.combinations(groups, 2)]
-        said.append(f"{moment[0].upper() + moment[1:]} the {len(names)} have {len(groups)} "
+        said.append(f"{capital(moment)} the {len(names)} have {len(groups)} "
                     f"direction{'s' if len(groups) > 1 else ''}: {'; '.join(together)}.")
         if pairs:
             means = cosines[:, m].mean(0)

@@ -136,9 +136,9 @@ def test_words_about_gradients():
     rows = [row("mean", 0, 10, unknown, unknown), row("none", 0, 20, down, down), row("std", 0, 5, up, unknown),
             row("mean", 15, 30, unknown, unknown), row("none", 15, 31, unknown, unknown), row("std", 15, 32, down, up)]
     said = study_gradient.gradients_in_words(rows)
-    assert said.startswith("More noise for its signal than `mean`: `none` at the start (20 (19 to 21) against 10 (9 to "
-                           "11)), `std` after 15 steps (32 (31 to 33) against 30 (29 to 31)).")
-    assert "Less: `std` at the start (5 (4 to 6) against 10 (9 to 11))." in said
+    assert said.startswith("More noise for its signal than `mean`: `none` at the start (20 (19 to 21) against 10 (9.00 "
+                           "to 11)), `std` after 15 steps (32 (31 to 33) against 30 (29 to 31)).")
+    assert "Less: `std` at the start (5.00 (4.00 to 6.00) against 10 (9.00 to 11))." in said
     assert "No difference shown: `none` after 15 steps." in said
     assert said.endswith("The cosine says otherwise of `std` at the start (no difference shown: 0.50 (0.40 to 0.60) "
                          "against 0.50 (0.40 to 0.60)), `std` after 15 steps (larger: 0.50 (0.40 to 0.60) against "
@@ -148,11 +148,42 @@ def test_words_about_gradients():
                     "after 1 step. The cosine says the same of all of them.")
 
 
+def test_the_score_of_each_completion(batch):
+    policy, prompts, rollout, _ = batch
+    logprobs = logprobs_of(policy, prompts, rollout)
+    scores = study_gradient.squared_scores(policy, prompts, rollout, 4)
+    expected = [study_gradient.gradient(row.sum(), policy).square().sum().item() for row in logprobs]
+    assert scores == pytest.approx(expected, rel=1e-4) and max(scores) > 2 * min(scores)
+
+
+def test_no_constant_has_less_variance_than_the_best():
+    """Scores s in one dimension with mean 0; the variance of (R - b) s is least at the best b."""
+    rng = np.random.default_rng(0)
+    rewards = (rng.random(4000) < 0.7).astype(float)
+    scores = rng.standard_normal(4000) * np.where(rewards > 0, 1, 3)
+    found = study_gradient.best_constant(rewards, scores ** 2)
+    squares = {b: np.mean(((rewards - b) * scores) ** 2) for b in np.arange(0, 1, 0.001)}
+    assert found["best"][0] == pytest.approx(min(squares, key=squares.get), abs=0.001)
+    assert found["best"][1] < 0.7 / (0.7 + 0.3 * 9) < found["best"][2] < found["mean_reward"] - 0.3
+    assert found["score_wrong"] / found["score_right"] == pytest.approx(9, rel=0.1)
+    assert study_gradient.best_constant([1, 1], [2, 3])["score_wrong"] is None
+
+
+def test_words_about_the_best_constant():
+    rows = [dict(steps=steps, best=best, mean_reward=0.5, score_right=2, score_wrong=wrong) for steps, best, wrong in
+            [(0, [0.2, 0.1, 0.3], 6), (1, [0.4, 0.3, 0.5], None), (2, [0.9, 0.8, 1], 1)]]
+    assert study_gradient.best_in_words(rows).endswith(
+        "at the start 0.20 (0.10 to 0.30), below the mean reward of 0.50 (squared score of a wrong completion 3.0 "
+        "times that of a right one); after 1 step 0.40 (0.30 to 0.50), not told apart from the mean reward of 0.50; after 2 "
+        "steps 0.90 (0.80 to 1.00), above the mean reward of 0.50 (squared score of a wrong completion 0.5 times that "
+        "of a right one).")
+
+
 def test_gradients_to_the_end(tmp_path, in_process, capsys):
     command = ["gradients", *QUICK, "--steps", "2", "--run", str(tmp_path / "runs"), "--out", str(tmp_path)]
     study.main(command)
     rows, text = files(tmp_path, "baselines-gradients")
-    names = [*study_gradient.BASELINES, study_gradient.CRITIC]
+    names = [*study_gradient.BASELINES, study_gradient.BEST, study_gradient.CRITIC]
     assert [(row["steps"], row["advantage"]) for row in rows] == [(s, name) for s in "012" for name in names]
     assert all(float(row["cosine_low"]) <= float(row["cosine"]) <= float(row["cosine_high"]) for row in rows)
     assert text in capsys.readouterr().out + "\n" and "noise for its signal than" in text
