@@ -81,7 +81,7 @@ class StudyConfig:
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model, for kl")
     eval_prompts: int = option(1000, "validation prompts per evaluation")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
-    quick: bool = option(False, "a smoke test: two settings of each")
+    quick: bool = option(False, "a smoke test: two settings of each; its results go into the folder quick of --run")
 
 
 def tuning(config):
@@ -298,6 +298,8 @@ def main(argv=None):
     config = parse(StudyConfig, argv[len(names):])
     require(names and names[0] in STUDIES, f"name a study first: {', '.join(STUDIES)}")
     pick_device(config.device)
+    if config.quick and config.out == StudyConfig.out:
+        config.out = str(Path(config.run) / "quick")                 # what is published is not to be overwritten
     STUDIES[names[0]](config)
 
 

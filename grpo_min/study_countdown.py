@@ -17,13 +17,13 @@ from grpo_min.sample import ask
 from grpo_min.task import load_task
 
 ROOT, TASK = Path(__file__).parent.parent, "tutorials/countdown.py"
-SFT, GRPO, LENGTH = dict(steps=2000), dict(steps=60), dict(max_new_tokens=60)     # where they differ from the defaults
+SFT, LENGTH = dict(steps=2000), dict(max_new_tokens=60)      # all else as by default
 QUICK = dict(steps=2)
 FIGURES = [("reward", "{:.3f}"), ("full", "{:.1%}"), ("reward_greedy", "{:.3f}"), ("pass@4", "{:.1%}"),
            ("thinking", "{:.1%}"), ("length", "{:.1f}")]
 COMMANDS = [
     f"python -m grpo_min.sft --task {TASK} {as_options(SFT)} --run runs/countdown/sft",
-    f"python -m grpo_min.grpo --task {TASK} --sft runs/countdown/sft/checkpoint.pt {as_options({**GRPO, **LENGTH})} "
+    f"python -m grpo_min.grpo --task {TASK} --sft runs/countdown/sft/checkpoint.pt {as_options(LENGTH)} "
     "--run runs/countdown/grpo",
     f"python -m grpo_min.evaluate --task {TASK} --checkpoint runs/countdown/grpo/checkpoint.pt {as_options(LENGTH)}",
 ]
@@ -61,7 +61,7 @@ def one_run(config, start, seed):
     if seed:
         policy, metrics = train_or_reuse(grpo.train, grpo.GRPOConfig(
             run=f"{config.run}/countdown-grpo-{seed}", task=start.task, sft=f"{start.run}/checkpoint.pt", seed=seed,
-            device=config.device, **{**GRPO, **LENGTH, **(QUICK if config.quick else {})}))
+            device=config.device, **LENGTH, **(QUICK if config.quick else {})))
     rows = held_out(prompts, "test", config.eval_prompts)
     shown = [row["prompt"] for row in rows[:3]]
     seconds = sum(row[key] for row in metrics for key in row if key.startswith("seconds")) if metrics else None
