@@ -37,7 +37,7 @@ RATES = [1.0, 0.9, 0.8, 0.7, 0.6]                   # share of the pairs in whic
 NOISY_PAIRS, NOISY_UPDATES = 4000, 800
 PAIRS = [4000, 1000, 200, 50]                       # choices that a reward model learns from
 BETAS = [0.0, 0.3]                                  # of the RL that over-optimises
-EVERY, WATCHED, POOL = 5, 128, 256                  # steps between looks, prompts looked at, answers to choose from
+EVERY, WATCHED, POOL = 10, 128, 256                 # steps between looks, prompts looked at, answers to choose from
 BEST_OF_N = "best of n"
 KL_BETAS = [0.01, 0.03, 0.1, 0.3]
 
