@@ -100,6 +100,42 @@ def table_row(cells):
     return ["| " + " | ".join(cells) + " |"]
 
 
+def in_words(accuracy, completions):
+    """{setting: accuracy of each seed} and {setting: completions sampled}, the default first -> what that says, in
+    plain words."""
+    (default, of_default), *others = accuracy.items()
+    text = {label: f"`{label}` ({spread(values, '{:.1%}')})" for label, values in accuracy.items()}
+    above = [text[label] for label, values in others if min(values) > max(of_default)]
+    below = [text[label] for label, values in others if max(values) < min(of_default)]
+    rest = [f"`{label}`" for label, values in others if text[label] not in above + below]
+    said = [f"Better than {text[default]} with every seed: {', '.join(above)}." if above else
+            f"Nothing was better than {text[default]} with every seed."]
+    said += [f"But `{label}` sampled {completions[label] / completions[default]:.1f} times as many completions."
+             for label, _ in others if completions[label] > 1.05 * completions[default]]
+    said += [f"Worse with every seed: {', '.join(below)}."] if below else []
+    said += [f"The seeds of {', '.join(rest)} overlap with those of `{default}`: no difference shown."] if rest else []
+    return " ".join(said) + f" With {len(of_default)} seeds, that is little to go by where settings are close."
+
+
+def windows(metrics, name, length=10):
+    """Means of a column over each `length` steps in a row; [None] where it was not measured."""
+    values = [row[name] for row in metrics if row.get(name, "") != ""]
+    length = min(length, len(values))
+    return [float(np.mean(values[i:i + length])) for i in range(len(values) - length + 1)] if values else [None]
+
+
+def first_of(metrics, name):
+    return windows(metrics, name)[0]
+
+
+def last_of(metrics, name):
+    return windows(metrics, name)[-1]
+
+
+def best_of(metrics, name):
+    return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
+
+
 def smooth(values, window=5):
     """Means of up to `window` neighbours to the left."""
     return [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]

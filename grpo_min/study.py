@@ -9,12 +9,12 @@ equally many completions per step, judged on the validation prompts, with at lea
 per run), NAME-curves.csv (a row per step), NAME.md (the table, and what it says in words) and NAME.png into
 tutorials/results.
 
-noise, overoptimisation, kl: the learned reward on the animals; study_reward.py says what they are about.
+gradients, recipes_one_update: the gradients themselves (study_gradient.py); is_rl_needed, critic: what else could be
+done (study_core.py); noise, overoptimisation, kl: the learned reward on the animals (study_reward.py); countdown: a
+task of one's own (study_countdown.py).
 
 threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
 processes as there are cores. Writes tutorials/results/threads.md.
-
-countdown: see study_countdown.py.
 
 publish: copies what `python -m grpo_min`, and then perhaps `python -m grpo_min.compare --run runs/main/compare` with
 more seeds, wrote in runs/main to tutorials/results and data/checkpoints, and puts the tables into the README. If the
@@ -36,14 +36,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min import grpo, runs, sft, study_reward
+from grpo_min import grpo, runs, sft, study_core, study_gradient, study_reward
 from grpo_min.compare import ALGORITHMS, beside_each_other, train_or_reuse
 from grpo_min.config import option, parse, pick_device, require, run_command
 from grpo_min.evaluate import answers, evaluate, held_out
 from grpo_min.metrics import thinks
 from grpo_min.plots import finish, plt
 from grpo_min.pretrain import pack, read_documents
-from grpo_min.report import machine, spread, table_row
+from grpo_min.report import best_of, first_of, in_words, last_of, machine, spread, table_row, windows
 from grpo_min.reward_model import judge
 from grpo_min.rewards import correct
 from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
@@ -81,7 +81,7 @@ class StudyConfig:
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model, for kl")
     eval_prompts: int = option(1000, "validation prompts per evaluation")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
-    quick: bool = option(False, "a smoke test: two settings of each")
+    quick: bool = option(False, "a smoke test: two settings of each; its results go into the folder quick of --run")
 
 
 def tuning(config):
@@ -172,23 +172,6 @@ def one_learning_run(config, study, label, changes, seed):
     return reached, [dict(setting=label, seed=seed, **{key: row.get(key, "") for key in kept}) for row in metrics]
 
 
-def in_words(accuracy, completions):
-    """{setting: accuracy of each seed} and {setting: completions sampled}, the default first -> what that says, in
-    plain words."""
-    (default, of_default), *others = accuracy.items()
-    text = {label: f"`{label}` ({spread(values, '{:.1%}')})" for label, values in accuracy.items()}
-    above = [text[label] for label, values in others if min(values) > max(of_default)]
-    below = [text[label] for label, values in others if max(values) < min(of_default)]
-    rest = [f"`{label}`" for label, values in others if text[label] not in above + below]
-    said = [f"Better than {text[default]} with every seed: {', '.join(above)}." if above else
-            f"Nothing was better than {text[default]} with every seed."]
-    said += [f"But `{label}` sampled {completions[label] / completions[default]:.1f} times as many completions."
-             for label, _ in others if completions[label] > 1.05 * completions[default]]
-    said += [f"Worse with every seed: {', '.join(below)}."] if below else []
-    said += [f"The seeds of {', '.join(rest)} overlap with those of `{default}`: no difference shown."] if rest else []
-    return " ".join(said) + f" With {len(of_default)} seeds, that is little to go by where settings are close."
-
-
 def plot_learning(what, found, path):
     """Accuracy along the runs, mean of the seeds over windows of five steps, and what each seed reached at the end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=[3, 2])
@@ -204,25 +187,6 @@ def plot_learning(what, found, path):
     right.invert_yaxis()
     right.locator_params(axis="x", nbins=4)
     finish(figure, path)
-
-
-def windows(metrics, name, length=10):
-    """Means of a column over each `length` steps in a row; [None] where it was not measured."""
-    values = [row[name] for row in metrics if row.get(name, "") != ""]
-    length = min(length, len(values))
-    return [float(np.mean(values[i:i + length])) for i in range(len(values) - length + 1)] if values else [None]
-
-
-def first_of(metrics, name):
-    return windows(metrics, name)[0]
-
-
-def last_of(metrics, name):
-    return windows(metrics, name)[-1]
-
-
-def best_of(metrics, name):
-    return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
 
 
 def threads(config):
@@ -323,7 +287,9 @@ def fill_in(text):
 
 
 STUDIES = {"tuning": tuning, "threads": threads, "countdown": countdown, "publish": publish,
-           **{name: functools.partial(learning, name=name) for name in LEARNING}, **study_reward.STUDIES}
+           **{name: functools.partial(learning, name=name) for name in LEARNING}, **study_reward.STUDIES,
+           "gradients": study_gradient.gradients, "recipes_one_update": study_gradient.recipes_one_update,
+           "is_rl_needed": study_core.is_rl_needed, "critic": study_core.critic}
 
 
 def main(argv=None):
@@ -332,6 +298,8 @@ def main(argv=None):
     config = parse(StudyConfig, argv[len(names):])
     require(names and names[0] in STUDIES, f"name a study first: {', '.join(STUDIES)}")
     pick_device(config.device)
+    if config.quick and config.out == StudyConfig.out:
+        config.out = str(Path(config.run) / "quick")                 # what is published is not to be overwritten
     STUDIES[names[0]](config)
 
 

@@ -36,8 +36,8 @@ from grpo_min.runs import (DATA, columns, fingerprint, generator, load_model, ma
 RATES = [1.0, 0.9, 0.8, 0.7, 0.6]                   # share of the pairs in which the annotators follow the gold score
 NOISY_PAIRS, NOISY_UPDATES = 4000, 800
 PAIRS = [4000, 1000, 200, 50]                       # choices that a reward model learns from
-BETAS = [0.0, 0.1]                                  # of the RL that over-optimises
-EVERY, WATCHED, POOL = 5, 128, 256                  # steps between looks, prompts looked at, answers to choose from
+BETAS = [0.0, 0.3]                                  # of the RL that over-optimises
+EVERY, WATCHED, POOL = 10, 128, 256                 # steps between looks, prompts looked at, answers to choose from
 BEST_OF_N = "best of n"
 KL_BETAS = [0.01, 0.03, 0.1, 0.3]
 
@@ -215,7 +215,8 @@ def noise(config):
     choices = np.sign(margins(gold_score, heldout()))
     lines += ["", f"Seeds 1 to {len(seeds(config))}: mean (lowest to highest). Each reward model: "
               f"{full(config, NOISY_PAIRS, 100)} pairs, less those of equal gold score; GRPO: {rows[0]['steps']} steps "
-              f"of 16 x 8. Gold score of the SFT model: {start:.2f}, the maximum: {MAXIMUM:.2f}. The annotators of "
+              f"of 16 x 8, judged on {len(validation(config))} validation prompts with 4 samples each. Gold score of "
+              f"the SFT model: {start:.2f}, the maximum: {MAXIMUM:.2f}. The annotators of "
               f"data/preferences.jsonl, who are seldom wrong where much is at stake, follow gold in "
               f"{np.mean(choices[choices != 0] > 0):.1%} of the held-out pairs. {date.today()}.", "", noise_words(rows)]
     write(config, "noise", rows, [], lines, plot_noise(rows))
@@ -339,7 +340,7 @@ def one_overoptimisation_run(config, pairs, seed):
         policy, metrics = train_policy(config, f"overoptimisation-{pairs}-beta-{beta}-{seed}", checkpoint, steps, seed,
                                        watch, beta=beta)
         looks = [row for row in metrics if row.get("val_gold", "") != ""]
-        arms[f"RL, beta {beta:g}"] = [dict(start, at=0)] + [
+        arms[f"RL, beta {beta:g}"] = [dict(start, at=0, kl=0.0)] + [
             dict(at=row["step"] + 1, **{name: row[f"val_{name}"] for name in start}) for row in looks]
         if beta == 0 and seed == 1:
             hacked = [dict(pairs=pairs, prompt=prompt, text=text, proxy=proxy, gold=gold)
@@ -378,8 +379,8 @@ def expected_best(scores, values, n):
     """The mean value of the answer that scores highest among n of a prompt's N, over all choices of n from the N:
     scores, values (R, N) -> (R,). Of equal scores the later answer counts as the higher.
 
-    Unbiased for the best of n fresh answers (Nakano et al., 2112.09332, appendix I). The answer of rank i is the best
-    in C(i - 1, n - 1) of the C(N, n) choices.
+    Unbiased for the best of n fresh answers (Nakano et al., 2112.09332). The answer of rank i is the best in
+    C(i - 1, n - 1) of the C(N, n) choices.
     """
     N = scores.shape[1]
     share = np.array([comb(i - 1, n - 1) / comb(N, n) for i in range(1, N + 1)])              # (N,) sums to 1
@@ -395,17 +396,17 @@ def gains(points):
 
 
 def form(d, arm):
-    """Gao et al.'s forms (2210.10760, section 3.1), gold = alpha a(d) - beta b(d) -> a, b: d^2 in best of n, d log d in
-    RL. d = sqrt(KL) > 0."""
+    """Gao et al.'s forms (2210.10760): gold = alpha a - beta b, with a = d, and b = d^2 in best of n, d log d in RL;
+    d = sqrt(KL) > 0 -> a, b."""
     return d, d * d if arm == BEST_OF_N else d * np.log(d)
 
 
 def fit(points, arm):
-    """Least squares of the form to gains in gold -> alpha, beta, R^2; None for each where two points are lacking, and
-    for R^2 where gold does not change."""
-    d, gold = (np.array([value for value, point in zip(values, points) if point["kl"] > 0]) for values in (
-        [np.sqrt(point["kl"]) for point in points], [point["gold"] for point in points]))
-    if len(set(d)) < 2:
+    """Least squares of the form to gains in gold -> alpha, beta, R^2; None for each with fewer than three points, since
+    two fit always, and for R^2 where gold does not change."""
+    moved = [point for point in points if point["kl"] > 0]
+    d, gold = np.sqrt([point["kl"] for point in moved]), np.array([point["gold"] for point in moved])
+    if len(set(d)) < 3:
         return None, None, None
     a, b = form(d, arm)
     (alpha, beta), *_ = np.linalg.lstsq(np.stack([a, -b], axis=1), gold, rcond=None)

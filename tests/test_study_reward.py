@@ -93,8 +93,9 @@ def test_fits_find_alpha_and_beta_again(arm, curve):
 
 
 def test_too_few_points_have_no_fit():
-    assert study_reward.fit(points([0, 1, 1], [0, 1, 1]), study_reward.BEST_OF_N) == (None, None, None)
-    assert study_reward.fit(points([0, 1, 4], [0, 0, 0]), study_reward.BEST_OF_N)[2] is None
+    assert study_reward.fit(points([0, 1, 4, 4], [0, 1, 1, 2]), study_reward.BEST_OF_N) == (None, None, None)
+    alpha, beta, r2 = study_reward.fit(points([0, 1, 4, 9], [0, 0, 0, 0]), study_reward.BEST_OF_N)
+    assert (alpha, beta) == (0, 0) and r2 is None
 
 
 def test_what_was_lost_is_measured_on_the_other_prompts():
@@ -224,7 +225,7 @@ def test_a_study_writes_what_its_runs_reached_and_runs_nothing_twice(name, runs,
     key = {"noise": ["rate"], "overoptimisation": ["pairs", "arm"], "kl": ["beta", "charged_in"]}[name]
     assert [tuple(row[k] for k in key) for row in rows] == {
         "noise": [("1.0",), ("0.6",)],
-        "overoptimisation": [(n, arm) for n in ("4000", "50") for arm in ("RL, beta 0", "RL, beta 0.1", "best of n")],
+        "overoptimisation": [(n, arm) for n in ("4000", "50") for arm in ("RL, beta 0", "RL, beta 0.3", "best of n")],
         "kl": [("0.0", "nowhere"), ("0.3", "loss"), ("0.3", "reward")]}[name]
     if name == "overoptimisation":
         assert "What the reward models came to like" in text and text.count("| 50 | ") > text.count("best of n | 50 ")

@@ -39,7 +39,7 @@ def code(thing, first=None, last=None):
     if not ends:
         raise ValueError(f"no lines from {first!r} to {last!r} in {thing.__name__}")
     end = ends[-1] if last is None and first is None else ends[0] if last is not None else begin
-    path = Path(inspect.getsourcefile(thing)).name
+    path = Path(inspect.getsourcefile(inspect.unwrap(thing))).name
     text = "".join(f"{start + i:4}  {lines[i].rstrip()}\n" for i in range(begin, end + 1))
     display(Markdown(f"`{path}`, line {start + begin}\n```python\n{text}```"))
 

@@ -1,0 +1,1 @@
+"""Exercises that check themselves: python -m tutorials.exercises.check. README.md lists them."""

@@ -1,0 +1,25 @@
+"""Bug hunt 7: the critic that says nothing.
+
+Seen      figures/bug7.png. PPO learns, as fast as the reference run. The explained variance is 0 in every step: the
+          critic gives each state the same value.
+Ask       PPO's rewards and lengths look fine, so nobody would look for this. Which weights does its optimizer have?
+Mend      this file, until `python -m tutorials.exercises.check 19` says pass. In the real loop it is called once,
+          before the first step. --hint helps.
+"""
+import torch
+from torch import nn
+
+from grpo_min.model import ScalarGPT
+
+
+def critic_and_optimizer(policy, lr):
+    """The value network, which starts from the policy's weights with a head of zeros, and its optimizer."""
+    critic = ScalarGPT(policy.config)
+    optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    trunk = type(policy)(policy.config)
+    trunk.load_state_dict(policy.state_dict())
+    critic.trunk = trunk
+    critic.scalar = nn.Linear(policy.config.width, 1)
+    nn.init.zeros_(critic.scalar.weight)
+    nn.init.zeros_(critic.scalar.bias)
+    return critic, optimizer
