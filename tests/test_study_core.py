@@ -174,9 +174,9 @@ def test_words_about_the_best_constant():
             [(0, [0.2, 0.1, 0.3], 6), (1, [0.4, 0.3, 0.5], None), (2, [0.9, 0.8, 1], 1)]]
     assert study_gradient.best_in_words(rows).endswith(
         "at the start 0.20 (0.10 to 0.30), below the mean reward of 0.50 (squared score of a wrong completion 3.0 "
-        "times that of a right one); after 1 step 0.40 (0.30 to 0.50), not told apart from the mean reward of 0.50; after "
-        "2 steps 0.90 (0.80 to 1.00), above the mean reward of 0.50 (squared score of a wrong completion 0.5 times that "
-        "of a right one).")
+        "times that of a right one); after 1 step 0.40 (0.30 to 0.50), not told apart from the mean reward of 0.50; "
+        "after 2 steps 0.90 (0.80 to 1.00), above the mean reward of 0.50 (squared score of a wrong completion 0.5 "
+        "times that of a right one).")
 
 
 def test_gradients_to_the_end(tmp_path, in_process, capsys):
