@@ -211,7 +211,7 @@ def plot_ways(start, found, curves, path):
         right.plot([row["accuracy"] for row in rows], [position] * len(rows), "o", color=line.get_color())
     left.set(xlabel="completions sampled", ylabel="accuracy (lines: in training; dots: validation)")
     left.legend(frameon=False, fontsize=8, title="mean, band: all seeds", title_fontsize=8)
-    right.set(xlabel="validation accuracy after training, each seed (grey: SFT)", yticks=range(len(found)),
+    right.set(xlabel="validation accuracy after training (grey: SFT)", yticks=range(len(found)),
               yticklabels=list(found))
     right.invert_yaxis()
     finish(figure, path)

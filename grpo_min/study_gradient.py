@@ -314,7 +314,7 @@ def plot_gradients(rows, path):
         axis.set(xticks=range(len(moments)), xticklabels=[when(steps) for steps in moments], ylabel=label,
                  xlim=(-0.5, len(moments) - 0.5))
     axes[0].set_yscale("log")
-    axes[1].legend(frameon=False, fontsize=8, title="advantage (95% intervals)", title_fontsize=8)
+    axes[1].legend(frameon=False, fontsize=8, title="advantage (95% intervals; no line up: no bound)", title_fontsize=8)
     finish(figure, path)
 
 
