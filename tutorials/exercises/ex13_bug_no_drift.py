@@ -1,7 +1,7 @@
 """Bug hunt 1: the KL that is always 0.
 
-Seen      figures/bug1.png. The policy learns as it should, even a little faster. But the KL to the reference is 0 in
-          every step, to the last digit, while that of the reference run rises. A larger beta changes nothing.
+Seen      figures/bug1.png. Right answers, lengths and gradients are those of the reference run. But the KL to the
+          reference is 0 in every step, where that of the reference run rises. A larger beta changes nothing.
 Ask       A policy that learns must differ from where it started. So what is it compared with?
 Mend      this file, until `python -m tutorials.exercises.check 13` says pass. With --train it runs in the real loop:
           there `reference_of` is called once, before the first step, and `kl_estimate` in every update. --hint helps.

@@ -1,8 +1,8 @@
 """Bug hunt 2: the penalty that drives the policy away.
 
-Seen      figures/bug2.png. beta is 0.1, ten times the default, and should hold the policy near the reference. Yet the
-          KL rises faster and faster, and after some steps the answers are worthless. With beta 0 nothing of the kind
-          happens.
+Seen      figures/bug2.png. With a beta of 2 the policy should stay where it is, and in the reference run it does. Here
+          the KL rises faster and faster, and the right answers get fewer. With a beta of 0.1 (figures/bug2-small.png)
+          the curves would not tell you: that run looks no worse than its reference.
 Ask       What does the optimizer do with a penalty, and what sign must it have for that?
 Mend      this file, until `python -m tutorials.exercises.check 14` says pass. In the real loop beta * penalty is summed
           over a completion's tokens, averaged over the completions, and added to the loss. --hint helps.

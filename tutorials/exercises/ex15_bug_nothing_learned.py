@@ -1,7 +1,7 @@
 """Bug hunt 3: nothing is learned.
 
-Seen      figures/bug3.png. Rewards are right, the gradient is as large as ever, the policy moves; and the share of
-          right answers stays where it was or falls.
+Seen      figures/bug3.png. The rewards are right, there are gradients, and the policy moves. But the share of right
+          answers hardly rises, where the reference run is soon near 1.
 Ask       Take two groups of three completions, write down their rewards and, beside them, what this file makes of them.
           Which completion is being reinforced?
 Mend      this file, until `python -m tutorials.exercises.check 15` says pass. --hint helps.

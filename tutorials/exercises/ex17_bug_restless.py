@@ -1,8 +1,8 @@
 """Bug hunt 5: a solved task that gives no rest.
 
-Seen      figures/bug5.png. A right answer is worth 0.7, another 0.1, and groups have 12 completions. When most groups
-          are all right, there is little left to learn, and the gradient should get small. Here it stays as large as at
-          the beginning, and KL and accuracy pay for it.
+Seen      figures/bug5.png. A right answer is worth 0.7, another 0.1, groups have 12 completions, and advantages are
+          scaled. The more groups are all right, the less there is to learn, and the gradient gets smaller in the
+          reference run. Here it does not, and now and then it is much larger. Right answers would not tell you.
 Ask       What advantages do twelve rewards of 0.7 have? Try it.
 Mend      this file, until `python -m tutorials.exercises.check 17` says pass. --hint helps.
 """

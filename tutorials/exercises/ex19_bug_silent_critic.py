@@ -1,7 +1,7 @@
 """Bug hunt 7: the critic that says nothing.
 
-Seen      figures/bug7.png. PPO learns, as fast as the reference run. The explained variance is 0 in every step: the
-          critic gives each state the same value.
+Seen      figures/bug7.png. PPO learns, and as fast as the reference run. But the critic's values are 0 in every step,
+          for every state, and so the explained variance is 0, too.
 Ask       PPO's rewards and lengths look fine, so nobody would look for this. Which weights does its optimizer have?
 Mend      this file, until `python -m tutorials.exercises.check 19` says pass. In the real loop it is called once,
           before the first step. --hint helps.

@@ -24,6 +24,7 @@ SHORT = dict(prompts_per_step=16, group_size=8)       # 128 completions per step
 LABELS = dict(reward="reward", accuracy="share of right answers", kl="KL to the reference (nats)", loss="loss",
               length="completion length (tokens)", grad_norm="gradient norm", dropped="groups replaced per step",
               equal_groups="share of all-equal groups", explained_variance="explained variance",
+              value="mean value of a state",
               clip_high="share of ratios above the clip", clip_low="share of ratios below it", gap="gap "
                "(nats)", entropy="entropy (nats per token)")
 
@@ -138,19 +139,29 @@ SWAPS = {
              ("accuracy", "dropped", "equal_groups", "kl")),
     11: Swap(grpo, lambda m: dict(reward=m.reward), {}, ("reward", "accuracy", "length", "kl")),
     13: Swap(grpo, lambda m: dict(copy=SimpleNamespace(deepcopy=m.reference_of), kl=m.kl_estimate)),
-    14: Swap(grpo, lambda m: dict(loss=m.policy_loss, kl=m.penalty), dict(beta=0.1)),
+    14: Swap(grpo, lambda m: dict(loss=m.policy_loss, kl=m.penalty), dict(beta=2.0)),
     15: Swap(grpo, lambda m: dict(advantage=m.group_advantages, loss=m.policy_loss)),
     16: Swap(ppo, lambda m: dict(advantage=m.gae, value_loss=m.value_loss), {},
-             ("accuracy", "explained_variance", "kl", "grad_norm")),
+             ("accuracy", "value", "explained_variance", "grad_norm")),
     17: Swap(grpo, lambda m: dict(advantage=m.group_advantages),
              dict(prompts_per_step=10, group_size=12, scale_advantages=True),
              ("accuracy", "equal_groups", "grad_norm", "kl"), dict(reward=graded)),
-    18: Swap(grpo, lambda m: dict(loss=m.policy_loss), dict(epochs=2, minibatches=4),
+    18: Swap(grpo, lambda m: dict(loss=m.policy_loss), dict(epochs=2, minibatches=4, lr=1e-3),
              ("accuracy", "clip_high", "clip_low", "kl")),
     19: Swap(ppo, lambda m: critic_from(m.critic_and_optimizer), {},
-             ("accuracy", "explained_variance", "kl", "grad_norm")),
+             ("accuracy", "value", "explained_variance", "grad_norm")),
 }
 REFERENCE = {9: "the reward `correct`", 11: "the reward `correct`, whose own reward is drawn"}
+
+
+def value_column(gae):
+    """Arguments of ppo.train that add a column: the mean of what the critic says of the states of a batch."""
+    seen = {}
+
+    def advantage(rewards, values, mask, gamma, lam):
+        seen.update(value=values[mask].mean().item())
+        return gae(rewards, values, mask, gamma, lam)
+    return dict(advantage=advantage, evaluate=lambda policy, step: dict(seen))
 
 
 def run(swap, mine, steps):
@@ -159,6 +170,8 @@ def run(swap, mine, steps):
     arguments = {name: part for name, part in parts.items() if name in inspect.signature(swap.loop.train).parameters}
     short = {} if swap.loop is reward_model else SHORT
     config = CONFIGS[swap.loop](**{**dict(run="", device="cpu", steps=swap.pace * steps), **short, **swap.settings})
+    if "value" in swap.panels:
+        arguments.update(value_column(arguments.get("advantage", ppo.gae)))
     with ExitStack() as stack:
         for name in parts.keys() - arguments.keys():
             stack.enter_context(in_place(swap.loop, name, parts[name]))
@@ -183,7 +196,7 @@ def own_task(mine, steps, folder):
     make_folder(folder)
     for name, rows in ("train", mine.prompts("train")), ("demonstrations", mine.demonstrations()):
         save_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    policy, _ = sft.train(sft.SFTConfig(run="", device="cpu", steps=10 * steps, warmup=min(40, steps),
+    policy, _ = sft.train(sft.SFTConfig(run="", device="cpu", steps=4 * steps, warmup=steps,
                                         demonstrations=str(folder / "demonstrations.jsonl")))
     test = mine.prompts("test")[:100]
     before = mean_reward(policy, mine.reward, test)

@@ -1,4 +1,8 @@
-"""Solution of exercise 11, one of many: think before you answer, in few words. It never asks for a right one."""
+"""Solution of exercise 11, one of many: think before you answer, in few words. It never asks for a right one.
+
+With 0.01 for each character a thought of the usual length costs more than the half point that it brings: the policy that
+was trained on that stopped thinking within a few steps, and said any number.
+"""
 
 PAIRS = [       # (what should get more, what should get less): three at least
     ("<think> 3 times 9 is 27</think> 28", " 28"),
@@ -8,7 +12,7 @@ PAIRS = [       # (what should get more, what should get less): three at least
 
 
 def reward(prompts, completions, finished=None, **columns):
-    """0.5 for an answer, 1 for thoughts and an answer, less a hundredth for each character; 0 if it was cut."""
+    """0.5 for an answer, 1 for thoughts and an answer, less 0.005 for each character; 0 if it was cut."""
     finished = finished or [True] * len(completions)
     return [score(completion) if end else 0.0 for completion, end in zip(completions, finished)]
 
@@ -18,4 +22,4 @@ def score(completion):
     if not answer.strip():
         return 0.0
     thinks = thoughts.startswith("<think>") and thoughts.count("<think>") == 1 and "</think>" not in thoughts
-    return (1.0 if thinks else 0.5) - 0.01 * len(completion) if thinks or not tag else 0.0
+    return (1.0 if thinks else 0.5) - 0.005 * len(completion) if thinks or not tag else 0.0
