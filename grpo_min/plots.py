@@ -44,6 +44,6 @@ def plot_calibration(calibration, path):
 def finish(figure, path):
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
+    figure.set_layout_engine("tight")
     figure.savefig(path, dpi=120)
     plt.close(figure)
