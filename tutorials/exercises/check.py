@@ -88,6 +88,8 @@ def main(argv=None):
             mine = load(path)
             print(swap.own_task(mine, options.steps, options.out) if number == 12 else
                   swap.beside_reference(number, mine, options.steps, options.out))
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"in the real loop: {in_words(error, path)}", exit_code=1)
     if verdict != "pass":

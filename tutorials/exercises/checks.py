@@ -857,8 +857,8 @@ HINTS = {
      "does flatten() read first after a transposition?",
     16: "After its last token a completion has no future. What is `following` there? In the returns it is added to the "
         "reward, the critic learns the sum, and next time it is more.",
-    17: "The mean of twelve 0.7 is not 0.7 in float32, because their sum is rounded. The difference is tiny, and so "
-     "is the standard deviation that it is divided by. float64 holds the sum of equal float32 numbers exactly.",
+    17: "The mean of twelve 0.7 is not 0.7 in float32, because their sum is rounded. The difference is tiny, and so is "
+        "what it is divided by. float64 holds the sum of equal float32 numbers exactly.",
     18: "The paper takes the smaller of the two products, of an objective. Minus the smaller of two numbers is the "
      "larger of what, once both are negated?",
     19: "An optimizer has those weights that existed when it was made. Which of them does the critic still have at "

@@ -195,13 +195,13 @@ def own_task(mine, steps, folder):
     folder = Path(folder)
     make_folder(folder)
     for name, rows in ("train", mine.prompts("train")), ("demonstrations", mine.demonstrations()):
-        save_file(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+        save_file(folder / f"task_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
     policy, _ = sft.train(sft.SFTConfig(run="", device="cpu", steps=4 * steps, warmup=steps,
-                                        demonstrations=str(folder / "demonstrations.jsonl")))
-    test = mine.prompts("test")[:100]
+                                        demonstrations=str(folder / "task_demonstrations.jsonl")))
+    test = mine.prompts("test")[:200]
     before = mean_reward(policy, mine.reward, test)
-    policy, rows = grpo.train(grpo.GRPOConfig(run="", device="cpu", steps=steps, prompts=str(folder / "train.jsonl"),
-                                              **SHORT), reward=mine.reward, model=policy)
+    config = grpo.GRPOConfig(run="", device="cpu", steps=steps, prompts=str(folder / "task_train.jsonl"), **SHORT)
+    policy, rows = grpo.train(config, reward=mine.reward, model=policy)
     plot(rows, None, ("reward", "kl", "length", "equal_groups"), folder / "ex12.png", "yours", "")
     return (f"Mean reward on {len(test)} test prompts: {before:.3f} after fine-tuning, "
             f"{mean_reward(policy, mine.reward, test):.3f} after {steps} steps of GRPO. A task of your own has no "

@@ -1,7 +1,7 @@
 """Solution of exercise 11, one of many: think before you answer, in few words. It never asks for a right one.
 
-With 0.01 for each character a thought of the usual length costs more than the half point that it brings: the policy that
-was trained on that stopped thinking within a few steps, and said any number.
+With 0.01 for each character a thought of the usual length costs more than the half point that it brings: a policy that
+was trained on that stopped thinking, and said any number.
 """
 
 PAIRS = [       # (what should get more, what should get less): three at least

@@ -1,22 +1,20 @@
-"""Solution of exercise 12, one of many: which of two numbers is larger. Only some of the demonstrations are needed."""
+"""Solution of exercise 12, one of many: which of three numbers is in the middle."""
 import random
-
-
-def pairs(split):
-    """All pairs of two different numbers in 0..49, shuffled, the last 200 of them for the test."""
-    everything = [(a, b) for a in range(50) for b in range(50) if a != b]
-    random.Random(0).shuffle(everything)
-    return everything[-200:] if split == "test" else everything[:-200]
 
 
 def prompts(split):
     """"train" or "test" -> list of dicts: {"prompt": .., and what the reward needs}."""
-    return [dict(prompt=f"which is larger, {a} or {b}?", answer=str(max(a, b))) for a, b in pairs(split)]
+    rng, rows = random.Random(0), {}
+    while len(rows) < 2200:
+        a, b, c = rng.sample(range(50), 3)
+        rows[f"which is in the middle, {a}, {b} or {c}?"] = str(sorted([a, b, c])[1])
+    rows = [dict(prompt=prompt, answer=answer) for prompt, answer in rows.items()]
+    return rows[-200:] if split == "test" else rows[:-200]
 
 
 def demonstrations():
     """-> list of dicts: {"prompt": .., "response": ..}."""
-    return [dict(prompt=row["prompt"], response=" " + row["answer"]) for row in prompts("train")[:400]]
+    return [dict(prompt=row["prompt"], response=" " + row["answer"]) for row in prompts("train")[:1000]]
 
 
 def reward(prompts, completions, answer, finished=None, **columns):

@@ -1,8 +1,8 @@
 """Bug hunt 5, mended. Trap 8: equal rewards get advantages from rounding.
 
-In float32 the mean of twelve 0.7 is not 0.7. The difference of a few 1e-8 was divided by a standard deviation that is
-as small, and became an advantage of nearly 1 for a whole group of equals. In float64 it is exactly 0, and 1e-4 keeps
-what little deviation there may be from counting for much.
+In float32 the mean of twelve 0.7 is not 0.7. A tiny difference was divided by a standard deviation that is as small or
+0, plus 1e-8. It became a large advantage for a whole group of equals: try it. In float64 it is exactly 0, and 1e-4
+keeps what little deviation there may be from counting for much.
 """
 import torch
 
