@@ -9,6 +9,7 @@
 import argparse
 import importlib.util
 import sys
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def overview():
     for number, path in FILES.items():
         verdict, reason = judge(number)
         print(f"{number:3}  {path.stem[5:].replace('_', ' '):<28}  {verdict:<10}"
-              + (f" {reason.splitlines()[0]:.70}" if verdict == "wrong" else ""), flush=True)
+              + ("  " + textwrap.shorten(reason, 80, placeholder=" ...") if verdict == "wrong" else ""), flush=True)
 
 
 def main(argv=None):
