@@ -7,7 +7,7 @@ on the demonstrations again.
 
 critic: PPO with the critic started and trained in several ways, and GRPO, which has none.
 
-Both run on the arithmetic task with 40 steps of 16 prompts x 8 completions from the same SFT weights, 3 seeds, and are
+Both run on the arithmetic task with 40 steps of 16 prompts x 8 completions from the same SFT weights, 5 seeds, and are
 judged on the validation prompts. Each writes NAME.csv (a row per run), NAME-curves.csv, NAME.md and NAME.png.
 """
 import json
@@ -34,7 +34,7 @@ Q, G = 16, 8              # prompts per step, completions per prompt
 
 def size(config):
     """Seeds and steps of a study."""
-    return config.seeds or (1 if config.quick else 3), config.steps or (3 if config.quick else 40)
+    return config.seeds or (1 if config.quick else 5), config.steps or (3 if config.quick else 40)
 
 
 def measure(policy, reference, rows, samples=4):

@@ -47,8 +47,8 @@ def full(config, number, quick):
     return quick if config.quick else number
 
 
-def seeds(config):
-    return range(1, (config.seeds or full(config, 3, 1)) + 1)
+def seeds(config, count=5):
+    return range(1, (config.seeds or full(config, count, 1)) + 1)
 
 
 def folder(config, name=""):
@@ -283,7 +283,7 @@ def overoptimisation(config):
     with beside_each_other(pick_device(config.device)) as begin:
         begin(pool, config).result()                    # sampled once, before the others look for it
         runs = [begin(one_overoptimisation_run, config, pairs, seed)
-                for pairs in full(config, PAIRS, PAIRS[::len(PAIRS) - 1]) for seed in seeds(config)]
+                for pairs in full(config, PAIRS, PAIRS[::len(PAIRS) - 1]) for seed in seeds(config, 3)]
         runs = [run.result() for run in runs]
     rows, curves = ([row for run in runs for row in run[part]] for part in ("rows", "curves"))
     forms = [("agreement", "{:.1%}"), ("kl", "{:.2f}"), ("proxy", "{:.2f}"), ("gold", "{:.2f}"), ("lost", "{:.2f}"),
@@ -294,7 +294,7 @@ def overoptimisation(config):
     for arm, pairs in dict.fromkeys((row["arm"], row["pairs"]) for row in rows):
         chosen = [row for row in rows if (row["arm"], row["pairs"]) == (arm, pairs)]
         lines += table_row([arm, str(pairs), *(spread([row[key] for row in chosen], form) for key, form in forms)])
-    lines += ["", f"Seeds 1 to {len(seeds(config))}, each with pairs of its own: mean (lowest to highest). RL: "
+    lines += ["", f"Seeds 1 to {len(seeds(config, 3))}, each with pairs of its own: mean (lowest to highest). RL: "
               f"{rows[0]['at']} steps of 16 x 8; best of n: up to n = {full(config, POOL, 8)}, KL at most log n - "
               f"(n - 1) / n. {full(config, WATCHED, 8)} validation prompts; gains are over the SFT model. The best "
               "point is chosen on every second prompt, what is lost since is measured on the others, so that choosing "
