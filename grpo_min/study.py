@@ -7,7 +7,7 @@ there with the same settings are used again. Writes tutorials/results/tuning.csv
 baselines, group_size, recipes, length: what difference a part of GRPO makes to learning on the arithmetic task, at
 equally many completions per step, judged on the validation prompts, with 5 seeds. Each writes NAME.csv (a row per run),
 NAME-curves.csv (a row per step), NAME.md (the table, and what it says in words) and NAME.png into tutorials/results.
-leave_one_out is not among the baselines: it is the mean's advantage times G / (G - 1), as tests/test_variants.py proves.
+leave_one_out is not among the baselines: it is the mean's advantage times G / (G - 1), see tests/test_variants.py.
 
 gradients, recipes_one_update: the gradients themselves (study_gradient.py); is_rl_needed, critic: what else could be
 done (study_core.py); noise, overoptimisation, kl: the learned reward on the animals (study_reward.py); countdown: a
