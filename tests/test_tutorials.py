@@ -2,6 +2,7 @@
 committed is whole: outputs everywhere, no error, every figure. Their first cell works on Colab.
 """
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,18 @@ def test_a_committed_notebook_is_one_whole_run(path):
     assert cells[0].source == build.FIRST_CELL
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
+
+
+PAGES = [*NOTEBOOKS, *sorted((ROOT / "tutorials").glob("**/*.md"))]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "tutorials")))
+def test_links_lead_somewhere(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown")
+    for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+        assert (path.parent / target).exists(), target
 
 
 def test_committed_notebooks_are_small():
