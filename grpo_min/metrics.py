@@ -7,7 +7,7 @@
 | equal_groups | share of groups whose rewards are all equal: they teach nothing |
 | truncated, length | share of completions that the length limit cut; mean length in tokens, END included |
 | kl | KL(policy || reference), nats per completion, estimated by k3 |
-| entropy | of the policy's next-token distribution, nats per token (GRPO with beta 0: where there is an advantage) |
+| entropy | of the next-token distribution, nats per token (GRPO with beta 0: where there is an advantage; 0: nowhere) |
 | loss, grad_norm | of the policy, mean over the updates of the step; the norm is the one before clipping |
 | clip_low, clip_high | share of tokens whose ratio is below 1 - clip_eps or above 1 + clip_eps (or clip_eps_high) |
 | gap | largest difference between the sampler's and the trainer's log-probability of a token |
@@ -132,7 +132,7 @@ TROUBLE = [     # (column, is it trouble?, what it means)
     ("truncated", lambda v: v > 0.3, "many completions are cut by the length limit: raise --max-new-tokens, or look at "
      "samples.jsonl for rambling"),
     ("kl", lambda v: v > 30, "the policy is far from the reference: read samples.jsonl, raise --beta or lower --lr"),
-    ("entropy", lambda v: v < 0.005, "the policy is almost certain of every token and explores no more"),
+    ("entropy", lambda v: 0 < v < 0.005, "the policy is almost certain of every token and explores no more"),
     ("clip_high", lambda v: v > 0.3, "many ratios are clipped: the updates of a batch are too many or too large"),
     ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: their settings differ"),
     ("explained_variance", lambda v: v < -0.5, "the critic predicts worse than a constant: its baseline adds noise"),

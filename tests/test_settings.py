@@ -183,6 +183,12 @@ def test_trouble_is_said_once_and_health_never(name, tmp_path, capsys):
     assert set(TROUBLE) == {column for column, *_ in metrics.TROUBLE}
 
 
+def test_an_entropy_of_no_token_is_no_trouble(tmp_path, capsys):
+    row = dict(reward=0.5, accuracy="", thinking=0.5, kl=0.1, length=5.0, entropy=0.0)
+    metrics.record(FakeRun(settings(grpo, tmp_path)), 0, row, metrics.Clock(torch.device("cpu")), [])
+    assert "note: entropy" not in capsys.readouterr().out
+
+
 # --- rewards by name ----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, expected", [("correct", [1, 0, 1, 0]), ("well_formed", [0, 1, 1, 0]),
