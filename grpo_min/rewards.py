@@ -100,7 +100,7 @@ def numbers(reward, prompts, completions, **columns):
     except (TypeError, ValueError):
         rewards = []
     require(len(rewards) == len(completions) and torch.tensor(rewards).isfinite().all(),
-            f"{getattr(reward, '__qualname__', 'the reward function')} must return {len(completions)} finite numbers, "
+            f"the reward function {getattr(reward, '__qualname__', '')} must return {len(completions)} finite numbers, "
             "one per completion")
     return rewards
 
