@@ -223,11 +223,11 @@ class Run:
     def restore(self):
         """Load the checkpoint into the parts, and cut metrics and samples back to its step."""
         path = self.folder / "checkpoint.pt"
-        old = json.loads((self.folder / "config.json").read_text())
-        changed = [name for name in self.settings if old.get(name) != self.settings[name]]
+        old, checkpoint = json.loads((self.folder / "config.json").read_text()), load_checkpoint(path)
+        ignored = ["threads"] if checkpoint["step"] == self.config.steps else []              # of a run that has ended
+        changed = [name for name in self.settings if name not in ignored and old.get(name) != self.settings[name]]
         if changed:
             raise OtherSettings(f"--resume: {self.folder} was run with other settings: {', '.join(changed)}")
-        checkpoint = load_checkpoint(path)
         for name, part in self.parts.items():
             if name == next(iter(self.parts)):
                 load_weights(part, checkpoint["model"], path)

@@ -563,6 +563,18 @@ def test_resuming_a_finished_run_changes_nothing(loop, tmp_path):
     assert tiny.same(rows, again) and tiny.same(state(policy), state(load_model(tmp_path / "run/checkpoint.pt", "GPT")))
 
 
+@LOOPS
+def test_threads_matter_while_a_run_goes_on_and_not_once_it_has_ended(loop, tmp_path, monkeypatch):
+    begun, ended = (settings(loop, tmp_path, run=str(tmp_path / name), steps=6) for name in ("begun", "ended"))
+    loop.train(ended, reward=letter_e)
+    with pytest.raises(UserError, match="Ctrl-C"):
+        loop.train(begun, reward=stop_at(2, interrupt))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    loop.train(dataclasses.replace(ended, resume=True), reward=crash)
+    with pytest.raises(UserError, match="other settings: threads"):
+        loop.train(dataclasses.replace(begun, resume=True), reward=letter_e)
+
+
 STAGES = {
     "pretrain": (pretrain, lambda folder, **more: pretrain.PretrainConfig(
         text=tiny.text_file(folder / "text.txt"), layers=1, heads=2, width=16, context=16, warmup=2, **more)),

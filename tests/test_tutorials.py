@@ -48,7 +48,8 @@ PAGES = [*NOTEBOOKS, *sorted((ROOT / "tutorials").glob("**/*.md"))]
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
-        text = "\n".join(cell.source for cell in nbformat.reads(text, as_version=4).cells if cell.cell_type == "markdown")
+        cells = nbformat.reads(text, as_version=4).cells
+        text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     for target in re.findall(r"\]\(([^)#\s]+)\)", text):
         assert (path.parent / target).exists(), target
 
