@@ -1,9 +1,8 @@
 """Several processes, one to a GPU or core: torchrun --nproc_per_node=2 -m -- grpo_min.grpo --run ... (or another stage)
 
-Every rank takes its share of each batch, whole groups, and gradients are averaged over the ranks, so that an update is
-that of one process with the whole batch, but for three things: each rank samples with random numbers of its own, splits
-its own share into minibatches, and whitens PPO's advantages over its own tokens. Metrics are means over the ranks. Rank
-0 alone writes and speaks. Without torchrun there is one rank, and nothing here does anything.
+Every rank takes its share of each batch, whole groups, and gradients are averaged: an update is that of one process
+with the whole batch, but that each rank samples with random numbers of its own, splits its own share into minibatches,
+and whitens PPO's advantages over its own tokens. Metrics are means over ranks. Rank 0 alone writes and speaks.
 """
 import os
 import sys
@@ -28,9 +27,11 @@ def join(device):
 
 
 def leave():
-    """Part from the other ranks before the process ends, or its threads may still run then and abort it."""
+    """End this process, if it is one of several, once all are here. In order, gloo's threads may abort it."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()
+        print(end="", flush=True)
+        os._exit(0)
 
 
 def share(rows):

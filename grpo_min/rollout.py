@@ -84,8 +84,7 @@ def token_logprobs(policy, prompts, completion_ids, mask, temperature=1.0):
 
     completion_ids, mask (B, N) -> logprobs (B, N), entropy (B, N) without gradient; both 0 where the mask is False.
     """
-    # State t has read the tokens before t, so no state reads a completion's last token: mask[:, 1:] leaves that out.
-    states = policy.states(prompts, completion_ids[:, :-1], mask[:, 1:])[mask]    # (n, D), of the n real tokens alone
+    states = policy.states(prompts, completion_ids[:, :-1], mask[:, 1:])[mask]     # (n, D): none reads the last token
     all_logprobs = policy.head(states / temperature).log_softmax(dim=-1)                      # (n, V)
     logprobs = all_logprobs.gather(1, completion_ids[mask][:, None]).squeeze(1)               # (n,)
     with torch.no_grad():
