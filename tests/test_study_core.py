@@ -2,8 +2,6 @@
 on, the words that follow from numbers, and small runs of each to the end.
 """
 import csv
-from concurrent.futures import Future
-from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -26,15 +24,8 @@ QUICK = ["--quick", "--device", "cpu", "--eval-prompts", "20"]
 @pytest.fixture
 def in_process(monkeypatch):
     """Runs one after the other in this process: starting others takes longer than the runs."""
-    @contextmanager
-    def one_after_the_other(device):
-        def begin(function, *arguments):
-            future = Future()
-            future.set_result(function(*arguments))
-            return future
-        yield begin
     for module in study_core, study_gradient:
-        monkeypatch.setattr(module, "beside_each_other", one_after_the_other)
+        monkeypatch.setattr(module, "beside_each_other", tiny.one_after_the_other)
 
 
 @pytest.fixture

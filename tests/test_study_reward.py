@@ -3,8 +3,6 @@ branch, and each study at a tiny size.
 """
 import csv
 import itertools
-from concurrent.futures import Future
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -191,16 +189,6 @@ def test_words_about_where_the_kl_is_charged():
 
 # --- the studies --------------------------------------------------------------------------------------------------
 
-@contextmanager
-def one_after_the_other(device):
-    """In place of beside_each_other: processes take longer to start than these runs to end."""
-    def begin(function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-    yield begin
-
-
 @pytest.fixture
 def arguments(tmp_path):
     return ["--quick", "--eval-prompts", "5", "--sft", tiny.checkpoint(tmp_path / "sft.pt", context=128),
@@ -218,7 +206,7 @@ def written(folder, name, more=()):
 @pytest.mark.parametrize("name, runs", [("noise", 4), ("overoptimisation", 6), ("kl", 3)])
 def test_a_study_writes_what_its_runs_reached_and_runs_nothing_twice(name, runs, arguments, tmp_path, monkeypatch,
                                                                      capsys):
-    monkeypatch.setattr(study_reward, "beside_each_other", one_after_the_other)
+    monkeypatch.setattr(study_reward, "beside_each_other", tiny.one_after_the_other)
     study.main([name, *arguments])
     rows, text = written(tmp_path / "out", name, [] if name == "noise" else [f"{name}-curves.csv"])
     assert text in capsys.readouterr().out + "\n" and "every seed" in text
@@ -256,7 +244,7 @@ def test_a_policy_is_measured_on_its_own_samples(tmp_path):
 
 def test_jobs_can_be_sent_to_other_processes(arguments):
     config = study.parse(study.StudyConfig, arguments)
-    assert study_reward.beside_each_other is not one_after_the_other
+    assert study_reward.beside_each_other is not tiny.one_after_the_other
     with study_reward.beside_each_other(study_reward.pick_device("cpu")) as begin:
         row, curve = begin(study_reward.one_kl_run, config, 0.1, "reward", 1).result()
     assert row["charged_in"] == "reward" and [line["step"] for line in curve] == [0, 1]
