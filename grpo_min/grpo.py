@@ -148,8 +148,7 @@ def refill(config, policy, reward, rows, step, batch, rollout, rewards, clock):
     return batch, prompts, rollout, rewards, rollout.texts(), dropped
 
 
-def train(config, reward=None, advantage=None, loss=None, kl=kl_estimate, model=None,
-          evaluate=None):
+def train(config, reward=None, advantage=None, loss=None, kl=kl_estimate, model=None, evaluate=None):
     """GRPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the

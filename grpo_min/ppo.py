@@ -154,8 +154,7 @@ def start_critic(config, policy, device):
     return critic
 
 
-def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, model=None,
-          evaluate=None):
+def train(config, reward=None, advantage=gae, loss=policy_loss, kl=kl_estimate, model=None, evaluate=None):
     """PPO -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward; advantage, loss and kl replace the
