@@ -18,7 +18,7 @@ from grpo_min.metrics import peak_memory_mb
 from grpo_min.page import run_page
 from grpo_min.plots import finish, plt
 from grpo_min.ppo import PPOConfig
-from grpo_min.runs import save_file, write_csv
+from grpo_min.runs import make_folder, save_file, write_csv
 from grpo_min.sample import ask
 
 QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
@@ -100,21 +100,42 @@ def table_row(cells):
     return ["| " + " | ".join(cells) + " |"]
 
 
+# --- what studies say and write -----------------------------------------------------------------------------------
+
+def sides(of_label):
+    """{label: numbers of its seeds}, the first being compared with -> labels with every seed above its highest, with
+    every seed below its lowest, and the rest."""
+    (_, first), *others = of_label.items()
+    above = [label for label, values in others if min(values) > max(first)]
+    below = [label for label, values in others if max(values) < min(first)]
+    return above, below, [label for label, _ in others if label not in above + below]
+
+
 def in_words(accuracy, completions):
     """{setting: accuracy of each seed} and {setting: completions sampled}, the default first -> what that says, in
     plain words."""
-    (default, of_default), *others = accuracy.items()
-    text = {label: f"`{label}` ({spread(values, '{:.1%}')})" for label, values in accuracy.items()}
-    above = [text[label] for label, values in others if min(values) > max(of_default)]
-    below = [text[label] for label, values in others if max(values) < min(of_default)]
-    rest = [f"`{label}`" for label, values in others if text[label] not in above + below]
-    said = [f"Better than {text[default]} with every seed: {', '.join(above)}." if above else
+    default, text = next(iter(accuracy)), {label: f"`{label}` ({spread(values, '{:.1%}')})"
+                                           for label, values in accuracy.items()}
+    above, below, rest = sides(accuracy)
+    said = [f"Better than {text[default]} with every seed: {', '.join(text[label] for label in above)}." if above else
             f"Nothing was better than {text[default]} with every seed."]
     said += [f"But `{label}` sampled {completions[label] / completions[default]:.1f} times as many completions."
-             for label, _ in others if completions[label] > 1.05 * completions[default]]
-    said += [f"Worse with every seed: {', '.join(below)}."] if below else []
-    said += [f"The seeds of {', '.join(rest)} overlap with those of `{default}`: no difference shown."] if rest else []
-    return " ".join(said) + f" With {len(of_default)} seeds, that is little to go by where settings are close."
+             for label in text if completions[label] > 1.05 * completions[default]]
+    said += [f"Worse with every seed: {', '.join(text[label] for label in below)}."] if below else []
+    said += [f"The seeds of {', '.join(f'`{label}`' for label in rest)} overlap with those of `{default}`: no "
+             "difference shown."] if rest else []
+    return " ".join(said) + f" With {len(accuracy[default])} seeds, that is little to go by where settings are close."
+
+
+def write_study(config, name, lines, rows=(), curves=()):
+    """Lines of Markdown -> NAME.md in config.out and onto the screen; rows -> NAME.csv, and NAME-curves.csv."""
+    out = Path(config.out)
+    make_folder(out)
+    for path, of_file in (f"{name}.csv", rows), (f"{name}-curves.csv", curves):
+        if of_file:
+            write_csv(out / path, of_file)
+    save_file(out / f"{name}.md", "\n".join([*lines, ""]).encode())
+    print("\n" + "\n".join(lines))
 
 
 def windows(metrics, name, length=10):

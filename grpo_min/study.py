@@ -43,10 +43,10 @@ from grpo_min.evaluate import answers, evaluate, held_out
 from grpo_min.metrics import thinks
 from grpo_min.plots import finish, plt
 from grpo_min.pretrain import pack, read_documents
-from grpo_min.report import best_of, first_of, in_words, last_of, machine, spread, table_row, windows
+from grpo_min.report import best_of, first_of, in_words, last_of, machine, spread, table_row, windows, write_study
 from grpo_min.reward_model import judge
 from grpo_min.rewards import correct
-from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights, write_csv
+from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights
 from grpo_min.study_countdown import countdown
 from grpo_min.variants import RECIPES
 
@@ -75,7 +75,7 @@ class StudyConfig:
     """Run a study and write its results as CSV and as a Markdown table. The name of the study comes first."""
     run: str = option("runs/study", "folder for the runs")
     out: str = option(str(RESULTS), "folder for the results")
-    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 for countdown and overoptimisation, else 5")
+    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 for countdown, else 5")
     steps: int = option(0, "batches per run; 0: the study's, or the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model, for kl")
@@ -92,9 +92,6 @@ def tuning(config):
                 for changes in (all_settings[:2] if config.quick else all_settings)
                 for seed in range(1, (config.seeds or 1) + 1)]
         rows = [row.result() for row in rows]
-    out = Path(config.out)
-    make_folder(out)
-    write_csv(out / "tuning.csv", rows)
     forms = [("accuracy", "{:.1%}"), ("thinking", "{:.1%}"), ("kl", "{:.2f}"), ("explained_variance_start", "{:.2f}"),
              ("explained_variance_best", "{:.2f}"), ("explained_variance_end", "{:.2f}"), ("seconds", "{:.0f}")]
     lines = table_row(["algorithm", "settings", "accuracy (validation)", "thinking", "KL (nats)", "explained variance, "
@@ -102,8 +99,7 @@ def tuning(config):
     for key in dict.fromkeys((row["algorithm"], row["settings"]) for row in rows):
         chosen = [row for row in rows if (row["algorithm"], row["settings"]) == key]
         lines += table_row([*key, *(spread([row[name] for row in chosen], form) for name, form in forms)])
-    save_file(out / "tuning.md", "\n".join(lines + [""]).encode())
-    print("\n" + "\n".join(lines))
+    write_study(config, "tuning", lines, rows)
 
 
 def one_setting(config, name, changes, seed):
@@ -131,10 +127,6 @@ def learning(config, name):
         found = {label: [begin(one_learning_run, config, name, label, {**SHARED, **shared, **changes}, seed)
                         for seed in range(1, (config.seeds or 5) + 1)] for label, changes in settings.items()}
         found = {label: [run.result() for run in of_label] for label, of_label in found.items()}
-    out = Path(config.out)
-    make_folder(out)
-    write_csv(out / f"{name}.csv", [row for of_label in found.values() for row, _ in of_label])
-    write_csv(out / f"{name}-curves.csv", [row for of_label in found.values() for _, rows in of_label for row in rows])
     forms = [("accuracy", "{:.1%}"), ("thinking", "{:.1%}"), ("kl", "{:.2f}"), ("length", "{:.1f}"),
              ("length_wrong", "{:.1f}"), ("grad_norm", "{:.2f}"), ("completions", "{:.0f}"), ("seconds", "{:.0f}")]
     lines = table_row([what, "accuracy (validation)", "thinking", "KL (nats)", "length (tokens)", "length of wrong "
@@ -147,9 +139,9 @@ def learning(config, name):
     lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are "
               f"means of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.",
               "", in_words(accuracy, completions)]
-    save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
-    plot_learning(what, found, out / f"{name}.png")
-    print("\n" + "\n".join(lines))
+    write_study(config, name, lines, [row for of_label in found.values() for row, _ in of_label],
+                [row for of_label in found.values() for _, rows in of_label for row in rows])
+    plot_learning(what, found, Path(config.out) / f"{name}.png")
 
 
 def one_learning_run(config, study, label, changes, seed):
@@ -213,9 +205,7 @@ def threads(config):
     lines = table_row(["", "alone", f"beside {cores} busy processes"]) + table_row(["---"] * 3)
     lines += [line for row in rows for line in table_row(row)]
     lines += ["", f"Steps of fine-tuning per second, one run each; {machine(torch.device('cpu'))}, {date.today()}."]
-    make_folder(Path(config.out))
-    save_file(Path(config.out) / "threads.md", ("\n".join(lines) + "\n").encode())
-    print("\n".join(lines))
+    write_study(config, "threads", lines)
 
 
 def keep_busy():

@@ -24,10 +24,11 @@ from grpo_min.evaluate import held_out
 from grpo_min.metrics import thinks
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import finish, plt
-from grpo_min.report import best_of, first_of, in_words, last_of, smooth, spread, state_bytes, table_row
+from grpo_min.report import (best_of, first_of, in_words, last_of, sides, smooth, spread, state_bytes, table_row,
+                             write_study)
 from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, frozen_logprobs, sample
-from grpo_min.runs import DATA, batch_rows, generator, load_model, make_folder, read_jsonl, save_file, write_csv
+from grpo_min.runs import DATA, batch_rows, generator, load_model, make_folder, read_jsonl, save_file
 
 Q, G = 16, 8              # prompts per step, completions per prompt
 
@@ -60,31 +61,12 @@ def table(what, columns, found):
     return lines
 
 
-def sides(of_label):
-    """{label: numbers of its seeds}, the first being compared with -> labels with every seed above its highest, with
-    every seed below its lowest, and the rest."""
-    (_, first), *others = of_label.items()
-    above = [label for label, values in others if min(values) > max(first)]
-    below = [label for label, values in others if max(values) < min(first)]
-    return above, below, [label for label, _ in others if label not in above + below]
-
-
 def named(labels):
     return ", ".join(f"`{label}`" for label in labels)
 
 
 def quoted(of_label, labels, form):
     return ", ".join(f"`{label}` ({spread(of_label[label], form)})" for label in labels)
-
-
-def write_study(config, name, found, curves, lines):
-    """{label: rows}, rows of curves and the lines of the Markdown -> NAME.csv, NAME-curves.csv and NAME.md."""
-    out = Path(config.out)
-    make_folder(out)
-    write_csv(out / f"{name}.csv", [row for rows in found.values() for row in rows])
-    write_csv(out / f"{name}-curves.csv", curves)
-    save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
-    print("\n" + "\n".join(lines))
 
 
 # --- is_rl_needed -------------------------------------------------------------------------------------------------
@@ -115,7 +97,7 @@ def is_rl_needed(config):
               f"the demonstrations. No learning rate was tuned for its way. Online filtered SFT is `--advantage none`: "
               "cross-entropy on the right completions is REINFORCE with rewards of 0 and 1 and no baseline. "
               f"{date.today()}.", "", rl_in_words(start, found)]
-    write_study(config, "is_rl_needed", {SFT: [start], **found}, curves, lines)
+    write_study(config, "is_rl_needed", lines, [start, *(row for rows in found.values() for row in rows)], curves)
     plot_ways(start, found, curves, Path(config.out) / "is_rl_needed.png")
 
 
@@ -261,7 +243,7 @@ def critic(config):
               "gradients and Adam's moments, counted; with a shared trunk, each of the two optimizers has moments of "
               f"the trunk. The reward model has learned from the animals alone. {date.today()}.", "",
               critic_in_words(found)]
-    write_study(config, "critic", found, curves, lines)
+    write_study(config, "critic", lines, [row for rows in found.values() for row in rows], curves)
     plot_critics(found, curves, Path(config.out) / "critic.png")
 
 

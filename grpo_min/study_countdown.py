@@ -11,8 +11,8 @@ from grpo_min import grpo, sft
 from grpo_min.compare import beside_each_other, train_or_reuse
 from grpo_min.config import as_options, pick_device
 from grpo_min.evaluate import evaluate, held_out
-from grpo_min.report import spread, table_row
-from grpo_min.runs import load_model, make_folder, save_file
+from grpo_min.report import spread, table_row, write_study
+from grpo_min.runs import load_model
 from grpo_min.sample import ask
 from grpo_min.task import load_task
 
@@ -49,9 +49,7 @@ def countdown(config):
     lines += table_row(["prompt", "fine-tuned", "GRPO, seed 1"]) + table_row(["---"] * 3)
     for prompt, *answers in zip(before["shown"], before["answers"], after[0]["answers"]):
         lines += table_row([prompt, *(f"`{answer.strip()}`" for answer in answers)])
-    make_folder(Path(config.out))
-    save_file(Path(config.out) / "countdown.md", "\n".join(lines + [""]).encode())
-    print("\n" + "\n".join(lines))
+    write_study(config, "countdown", lines)
 
 
 def one_run(config, start, seed):

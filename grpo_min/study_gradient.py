@@ -24,11 +24,11 @@ from grpo_min.config import pick_device
 from grpo_min.metrics import interval
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import finish, plt
-from grpo_min.report import table_row
+from grpo_min.report import table_row, write_study
 from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, sample, token_logprobs
-from grpo_min.runs import (DATA, batch_rows, generator, load_checkpoint, load_model, load_weights, make_folder,
-                           optimizer_for, read_jsonl, save_file, write_csv)
+from grpo_min.runs import (DATA, batch_rows, generator, load_checkpoint, load_model, load_weights, optimizer_for,
+                           read_jsonl)
 
 LONGEST = 40              # tokens of a completion, as in training
 GROUP_MEAN = "group mean, leave-one-out"
@@ -68,9 +68,6 @@ def gradients(config):
         jobs = [begin(one_moment, config, steps, *sizes) for steps in reversed(moments)]      # the longest first
         found = [job.result() for job in jobs][::-1]
     rows = [row for of_moment in found for row in of_moment]
-    out = Path(config.out)
-    make_folder(out)
-    write_csv(out / "baselines-gradients.csv", [flat(row) for row in rows])
     lines = table_row(["advantage", *(f"{what}, {when(steps)}" for steps in moments
                                       for what in ("noise-to-signal", "cosine"))])
     lines += table_row(["---"] * (1 + 2 * len(moments)))
@@ -92,9 +89,8 @@ def gradients(config):
               "baseline, with a constant and with a mean the gradient points to the same place on average, with the "
               f"standard deviation and with a critic at lambda below 1 it need not. {date.today()}.", "",
               gradients_in_words(rows) + " " + best_in_words(heads)]
-    save_file(out / "baselines-gradients.md", "\n".join(lines + [""]).encode())
-    plot_gradients(rows, out / "baselines-gradients.png")
-    print("\n" + "\n".join(lines))
+    write_study(config, "baselines-gradients", lines, [flat(row) for row in rows])
+    plot_gradients(rows, Path(config.out) / "baselines-gradients.png")
 
 
 def one_moment(config, steps, M, Q, G):
@@ -330,12 +326,9 @@ def recipes_one_update(config):
              for step in range(count)]
     names, moments = list(settings), ["with a ratio of 1", f"after {UPDATES} updates"]
     cosines, left_out = (np.array(of) for of in zip(*found))                  # (count, 2, R, R), (count, 2, R)
-    out = Path(config.out)
-    make_folder(out)
-    write_csv(out / "recipes-one-update.csv", [
-        dict(when=moments[m], recipe=names[i], left_out=left_out[:, m, i].mean(), other=names[j],
-             **dict(zip(["cosine", "low", "high"], interval(cosines[:, m, i, j]))))
-        for m in range(2) for i in range(len(names)) for j in range(len(names))])
+    pairs = [dict(when=moments[m], recipe=names[i], left_out=left_out[:, m, i].mean(), other=names[j],
+                  **dict(zip(["cosine", "low", "high"], interval(cosines[:, m, i, j]))))
+             for m in range(2) for i in range(len(names)) for j in range(len(names))]
     lines = []
     for m, moment in enumerate(moments):
         lines += [f"**{capital(moment)}**", ""]
@@ -350,9 +343,8 @@ def recipes_one_update(config):
               "with an advantage that have no gradient, because their ratio is clipped. The updates are those of plain "
               f"GRPO (`no recipe`). {date.today()}.", "",
               recipes_in_words(names, moments, cosines, left_out)]
-    save_file(out / "recipes-one-update.md", "\n".join(lines + [""]).encode())
-    plot_recipes(names, moments, cosines, out / "recipes-one-update.png")
-    print("\n" + "\n".join(lines))
+    write_study(config, "recipes-one-update", lines, pairs)
+    plot_recipes(names, moments, cosines, Path(config.out) / "recipes-one-update.png")
 
 
 def compare_recipes(policy, settings, prompts, rollout, rewards, G):

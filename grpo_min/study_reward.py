@@ -27,11 +27,10 @@ from grpo_min.config import pick_device
 from grpo_min.evaluate import answers, evaluate, held_out
 from grpo_min.gold import MAXIMUM, gold_score
 from grpo_min.plots import finish, plt
-from grpo_min.report import spread, table_row
+from grpo_min.report import sides, spread, table_row, write_study
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, frozen_logprobs, sample
-from grpo_min.runs import (DATA, columns, fingerprint, generator, load_model, make_folder, read_jsonl, save_file,
-                           write_csv)
+from grpo_min.runs import DATA, columns, fingerprint, generator, load_model, make_folder, read_jsonl, save_file
 
 RATES = [1.0, 0.9, 0.8, 0.7, 0.6]                   # share of the pairs in which the annotators follow the gold score
 NOISY_PAIRS, NOISY_UPDATES = 4000, 800
@@ -47,8 +46,8 @@ def full(config, number, quick):
     return quick if config.quick else number
 
 
-def seeds(config, count=5):
-    return range(1, (config.seeds or full(config, count, 1)) + 1)
+def seeds(config):
+    return range(1, (config.seeds or full(config, 5, 1)) + 1)
 
 
 def folder(config, name=""):
@@ -143,19 +142,7 @@ def seconds_of(metrics):
     return sum(row[key] for row in metrics for key in row if key.startswith("seconds"))
 
 
-# --- what is written ----------------------------------------------------------------------------------------------
-
-def write(config, name, rows, curves, lines, figure):
-    """NAME.csv, NAME-curves.csv (where there are curves), NAME.md and NAME.png; the text also onto the screen."""
-    out = Path(config.out)
-    make_folder(out)
-    write_csv(out / f"{name}.csv", rows)
-    if curves:
-        write_csv(out / f"{name}-curves.csv", curves)
-    save_file(out / f"{name}.md", "\n".join(lines + [""]).encode())
-    finish(figure, out / f"{name}.png")
-    print("\n" + "\n".join(lines))
-
+# --- in words -----------------------------------------------------------------------------------------------------
 
 def by(rows, key, figure):
     """Rows -> {value of key: [figure of each of its rows]}."""
@@ -172,15 +159,10 @@ def listed(values, form="{:.2f}"):
 
 def compared(what, values, form="{:.2f}"):
     """{label: values of the seeds}, the first the one to compare with -> which differ from it with every seed."""
-    (first, base), *others = values.items()
-    said = [f"{what}: {listed({first: base}, form)}."]
-    above = {label: of_label for label, of_label in others if min(of_label) > max(base)}
-    below = {label: of_label for label, of_label in others if max(of_label) < min(base)}
-    rest = {label: of_label for label, of_label in others if label not in above and label not in below}
-    said += [f"Higher with every seed: {listed(above, form)}."] if above else []
-    said += [f"Lower with every seed: {listed(below, form)}."] if below else []
-    said += [f"Not told from it by the seeds: {listed(rest, form)}."] if rest else []
-    return " ".join(said)
+    said = [(what, [next(iter(values))])]
+    said += zip(["Higher with every seed", "Lower with every seed", "Not told from it by the seeds"], sides(values))
+    return " ".join(f"{words}: {listed({label: values[label] for label in labels}, form)}."
+                    for words, labels in said if labels)
 
 
 def side_by_side(values, others, form="{:.2f}"):
@@ -219,7 +201,8 @@ def noise(config):
               f"the SFT model: {start:.2f}, the maximum: {MAXIMUM:.2f}. The annotators of "
               f"data/preferences.jsonl, who are seldom wrong where much is at stake, follow gold in "
               f"{np.mean(choices[choices != 0] > 0):.1%} of the held-out pairs. {date.today()}.", "", noise_words(rows)]
-    write(config, "noise", rows, [], lines, plot_noise(rows))
+    write_study(config, "noise", lines, rows)
+    finish(plot_noise(rows), Path(config.out) / "noise.png")
 
 
 def heldout():
@@ -283,7 +266,7 @@ def overoptimisation(config):
     with beside_each_other(pick_device(config.device)) as begin:
         begin(pool, config).result()                    # sampled once, before the others look for it
         runs = [begin(one_overoptimisation_run, config, pairs, seed)
-                for pairs in full(config, PAIRS, PAIRS[::len(PAIRS) - 1]) for seed in seeds(config, 3)]
+                for pairs in full(config, PAIRS, PAIRS[::len(PAIRS) - 1]) for seed in seeds(config)]
         runs = [run.result() for run in runs]
     rows, curves = ([row for run in runs for row in run[part]] for part in ("rows", "curves"))
     forms = [("agreement", "{:.1%}"), ("kl", "{:.2f}"), ("proxy", "{:.2f}"), ("gold", "{:.2f}"), ("lost", "{:.2f}"),
@@ -294,14 +277,15 @@ def overoptimisation(config):
     for arm, pairs in dict.fromkeys((row["arm"], row["pairs"]) for row in rows):
         chosen = [row for row in rows if (row["arm"], row["pairs"]) == (arm, pairs)]
         lines += table_row([arm, str(pairs), *(spread([row[key] for row in chosen], form) for key, form in forms)])
-    lines += ["", f"Seeds 1 to {len(seeds(config, 3))}, each with pairs of its own: mean (lowest to highest). RL: "
+    lines += ["", f"Seeds 1 to {len(seeds(config))}, each with pairs of its own: mean (lowest to highest). RL: "
               f"{rows[0]['at']} steps of 16 x 8; best of n: up to n = {full(config, POOL, 8)}, KL at most log n - "
               f"(n - 1) / n. {full(config, WATCHED, 8)} validation prompts; gains are over the SFT model. The best "
               "point is chosen on every second prompt, what is lost since is measured on the others, so that choosing "
               "does not flatter it. Fits: gold gained = d (alpha - beta log d) in RL, d (alpha - beta d) in best of n, "
               f"d = sqrt(KL), by least squares to each seed. {date.today()}.", "", overoptimisation_words(rows), "",
               *examples([example for run in runs for example in run["hacked"]])]
-    write(config, "overoptimisation", rows, curves, lines, plot_overoptimisation(rows, curves))
+    write_study(config, "overoptimisation", lines, rows, curves)
+    finish(plot_overoptimisation(rows, curves), Path(config.out) / "overoptimisation.png")
 
 
 def watched(config):
@@ -504,10 +488,10 @@ def plot_overoptimisation(rows, curves):
                           * b, lw=0.7, color=f"C{colour}")
         axis.set(title=arm, xlabel="sqrt(KL to the SFT model)" + (", bound" if arm == BEST_OF_N else ""),
                  ylabel="gain over the SFT model")
-    axes[0].plot([], [], color="grey", ls="--", label="reward model's score")
-    axes[0].plot([], [], color="grey", label="gold score (dots: each seed)")
-    axes[0].plot([], [], color="grey", lw=0.7, label="fitted form")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].plot([], [], color="grey", ls="--", label="reward model's score")
+    axes[-1].plot([], [], color="grey", label="gold score (dots: each seed)")
+    axes[-1].plot([], [], color="grey", lw=0.7, label="fitted form")
+    axes[-1].legend(frameon=False, fontsize=8, bbox_to_anchor=(1, 1), loc="upper left")
     return figure
 
 
@@ -530,7 +514,8 @@ def kl_penalty(config):
     lines += ["", f"{rows[0]['steps']} steps of 16 x 8, seeds 1 to {len(seeds(config))}: mean (lowest to highest), on "
               f"{len(validation(config))} validation prompts with 4 samples each; KL by k1, which is unbiased. Length: "
               f"of the last ten steps. {date.today()}.", "", kl_words(rows)]
-    write(config, "kl", rows, curves, lines, plot_kl(rows))
+    write_study(config, "kl", lines, rows, curves)
+    finish(plot_kl(rows), Path(config.out) / "kl.png")
 
 
 def one_kl_run(config, beta, where, seed):

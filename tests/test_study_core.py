@@ -10,7 +10,7 @@ import torch
 
 from grpo_min import grpo, ppo, sft, study, study_core, study_gradient, variants
 from grpo_min.config import UserError
-from grpo_min.report import state_bytes
+from grpo_min.report import sides, state_bytes
 from grpo_min.rewards import correct
 from grpo_min.rollout import Prompts, sample, token_logprobs
 from grpo_min.runs import DATA, load_checkpoint, load_model, read_jsonl
@@ -281,7 +281,7 @@ def test_what_is_measured_of_a_policy():
 
 
 def test_sides_and_words_about_ways():
-    assert study_core.sides({"x": [1, 2], "a": [3, 4], "b": [0.1, 0.9], "c": [2, 9]}) == (["a"], ["b"], ["c"])
+    assert sides({"x": [1, 2], "a": [3, 4], "b": [0.1, 0.9], "c": [2, 9]}) == (["a"], ["b"], ["c"])
 
     def rows(accuracy, kl):
         return [dict(accuracy=a, kl=k, completions=100) for a, k in zip(accuracy, kl)]
