@@ -76,15 +76,13 @@ def pick_device(name):
 
 def run_command(main):
     """Run a command's main(): a UserError becomes one line on standard error and its exit code."""
+    code = 0
     try:
         main()
-        leave()
-    except UserError as error:
+    except (UserError, OSError) as error:      # OSError: a full disk, a folder that may not be written to
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except OSError as error:            # a full disk, a folder that may not be written to
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        code = error.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    leave(code)

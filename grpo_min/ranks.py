@@ -26,12 +26,15 @@ def join(device):
     return device
 
 
-def leave():
-    """End this process, if it is one of several, once all are here. In order, gloo's threads may abort it."""
+def leave(code):
+    """End this process with an exit code; if it is one of several, with 0 once all are here, and at once, since in an
+    orderly exit gloo's threads may abort it."""
     if dist.is_initialized():
-        dist.barrier()
+        if code == 0:
+            dist.barrier()
         print(end="", flush=True)
-        os._exit(0)
+        os._exit(code)
+    sys.exit(code)
 
 
 def share(rows):

@@ -137,8 +137,10 @@ def learning(config, name):
     accuracy = {label: [row["accuracy"] for row, _ in of_label] for label, of_label in found.items()}
     completions = {label: np.mean([row["completions"] for row, _ in of_label]) for label, of_label in found.items()}
     lines += ["", f"{steps} steps, seeds 1 to {seeds}: mean (lowest to highest). KL, length and gradient norm are "
-              f"means of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}.",
-              "", in_words(accuracy, completions)]
+              f"means of the last ten steps. {config.eval_prompts} validation prompts, 4 samples each. "
+              + "".join(f"`{label}` in training: accuracy without the dropped groups, most of which are all right. "
+                        for label, changes in settings.items() if changes.get("dynamic_sampling"))
+              + f"{date.today()}.", "", in_words(accuracy, completions)]
     write_study(config, name, lines, [row for of_label in found.values() for row, _ in of_label],
                 [row for of_label in found.values() for _, rows in of_label for row in rows])
     plot_learning(what, found, Path(config.out) / f"{name}.png")

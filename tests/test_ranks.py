@@ -67,12 +67,12 @@ def first_gradients(folder):
     return found
 
 
-def torchrun(*words):
+def torchrun(*words, fails=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100,
                           env=dict(os.environ, PYTHONPATH=str(ROOT)))
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    assert (done.returncode != 0) == fails, done.stderr[-3000:]
+    return done.stderr if fails else done.stdout
 
 
 def test_gradients_of_two_ranks_are_those_of_one_process(tmp_path, monkeypatch):
@@ -102,6 +102,13 @@ def test_a_command_with_two_ranks(tmp_path):
     assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
 
 
+def test_a_mistake_with_two_ranks(tmp_path):
+    (tmp_path / "sft.pt").write_text("no checkpoint")
+    told = torchrun("-m", "--", "grpo_min.grpo", "--run", tmp_path / "run", "--sft", tmp_path / "sft.pt", fails=True)
+    assert "error: " in told and "sft.pt" in told
+    assert "exitcode  : 2" in told and "SIGABRT" not in told
+
+
 @pytest.mark.parametrize("n, parts", [(4, [[0, 1], [2, 3]]), (6, [[0, 1, 2], [3, 4, 5]])])
 def test_shares(n, parts, monkeypatch):
     monkeypatch.setattr(ranks, "RANKS", 2)
@@ -116,4 +123,4 @@ if __name__ == "__main__":
     gradients = first_gradients(folder)
     if ranks.RANK == 0:
         torch.save(gradients, Path(sys.argv[1]) / "gradients.pt")
-    ranks.leave()
+    ranks.leave(0)
