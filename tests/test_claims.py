@@ -1,4 +1,4 @@
-"""The README's table of what people say and what was measured: each row's answer in numbers, from the files of the studies.
+"""What people say, and what was measured: each row of the README's table in numbers, from the files of the studies.
 
 A study that is run again may change an answer. Then the row's words have to change, and its numbers here.
 """
