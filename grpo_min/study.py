@@ -13,6 +13,9 @@ gradients, recipes_one_update: the gradients themselves (study_gradient.py); is_
 done (study_core.py); noise, overoptimisation, kl: the learned reward on the animals (study_reward.py); countdown: a
 task of one's own (study_countdown.py).
 
+all: the studies so far but for tuning, one after the other. Where nothing had been run before, minutes.md then says how
+long each took.
+
 threads: how fast fine-tuning is with spinning threads, sleeping threads and one thread, alone and beside as many busy
 processes as there are cores. Writes tutorials/results/threads.md.
 
@@ -183,6 +186,22 @@ def plot_learning(what, found, path):
     finish(figure, path)
 
 
+def laboratory(config):
+    """Every study of STUDIES between tuning and all, and how long they take."""
+    from_nothing, minutes = not Path(config.run).exists(), {}
+    names = list(STUDIES)[1:list(STUDIES).index("all")]
+    for name in names:
+        print(f"\n=== {name}, study {len(minutes) + 1} of {len(names)} ".ljust(100, "="), flush=True)
+        start = time.perf_counter()
+        STUDIES[name](config)
+        minutes[name] = (time.perf_counter() - start) / 60
+    lines = table_row(["study", "minutes"]) + table_row(["---"] * 2)
+    for name, taken in [*minutes.items(), ("**all**", sum(minutes.values()))]:
+        lines += table_row([name, f"{taken:.1f}"])
+    if from_nothing:
+        write_study(config, "minutes", [*lines, "", f"{machine(pick_device(config.device))}, {date.today()}."])
+
+
 def threads(config):
     """Steps of fine-tuning per second, by threads and by what else runs."""
     cores, rows = os.cpu_count(), []
@@ -278,10 +297,10 @@ def fill_in(text):
                   lambda match: f"[banner {match[1]}](grpo_min/grpo.py#L{lines[match[1]]})", text)
 
 
-STUDIES = {"tuning": tuning, "threads": threads, "countdown": countdown, "publish": publish,
-           **{name: functools.partial(learning, name=name) for name in LEARNING}, **study_reward.STUDIES,
+STUDIES = {"tuning": tuning, **{name: functools.partial(learning, name=name) for name in LEARNING},
            "gradients": study_gradient.gradients, "recipes_one_update": study_gradient.recipes_one_update,
-           "is_rl_needed": study_core.is_rl_needed, "critic": study_core.critic}
+           "is_rl_needed": study_core.is_rl_needed, "critic": study_core.critic, **study_reward.STUDIES,
+           "countdown": countdown, "all": laboratory, "threads": threads, "publish": publish}
 
 
 def main(argv=None):

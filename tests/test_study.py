@@ -41,3 +41,19 @@ def test_the_recipes_are_compared_with_several_updates_per_batch():
         for changes in settings.values():
             setting = {**study.SHARED, **shared, **changes}
             assert setting["prompts_per_step"] * setting["group_size"] == 128
+
+
+def test_all_studies_one_after_the_other(tmp_path, monkeypatch, capsys):
+    ran = []
+    for name in study.STUDIES:
+        if name != "all":
+            monkeypatch.setitem(study.STUDIES, name, lambda config, name=name: ran.append(name))
+    words = ["all", "--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    study.main(words)
+    assert ran == [name for name in study.STUDIES if name not in ("tuning", "all", "threads", "publish")]
+    text = (tmp_path / "out/minutes.md").read_text()
+    assert all(f"| {name} | 0.0 |" in text for name in [*ran, "**all**"]) and len(ran) == 12
+    (tmp_path / "out/minutes.md").unlink()
+    (tmp_path / "runs").mkdir()                       # perhaps with runs in it, which are not run again
+    study.main(words)
+    assert not (tmp_path / "out/minutes.md").exists()
