@@ -130,7 +130,7 @@ def penalty_helps():
 
 def noise_costs():
     agreement, way = (study("noise", figure, "rate") for figure in ("agreement", "way"))
-    return (not any(min(values) > rate for rate, values in agreement.items())
+    return (0.6 < np.mean(agreement[0.6]) < 0.65 and all(max(agreement[rate]) < rate for rate in (0.8, 0.9))
             and max(way[0.9]) < min(way[1.0]) and np.mean(way[0.9]) < 0.75 * np.mean(way[1.0]))
 
 
