@@ -28,12 +28,11 @@ def parse(config_class, argv=None, recipes={}):
     """
     parser = argparse.ArgumentParser(description=config_class.__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: require(False, f"{message} (--help explains every option)")
     for field in dataclasses.fields(config_class):
         help = field.metadata["help"].replace("%", "%%") + f" (default: {field.default})"
         kind = (dict(action=argparse.BooleanOptionalAction) if isinstance(field.default, bool)
-                else dict(type=type(field.default), choices=field.metadata["choices"], metavar=field.name.upper()))
-        if field.metadata["choices"]:
-            kind.pop("metavar")
+                else dict(type=type(field.default), choices=field.metadata["choices"]))
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default, help=help, **kind)
     if recipes:
         parser.add_argument("--recipe", choices=recipes, help="settings that belong together, see below")
