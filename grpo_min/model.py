@@ -98,13 +98,13 @@ class Attention(nn.Module):
             cache_k[:, :, :, past:past + T], cache_v[:, :, :, past:past + T] = k, v
             k, v = cache_k[:, :, :, :past + T], cache_v[:, :, :, :past + T]
         S = k.shape[3]                                                                   # completion tokens so far
-        short = max(0, 16 - P - S)        # on the CPU softmax takes ten times as long in rows of fewer than 16 columns
+        short = max(0, 16 - P - S)       # W = P + S + short: under 16 columns the CPU's softmax takes ten times as long
         to_prompt = (q.view(Q, H, G * T, E) @ prompt_k.transpose(2, 3)).view(Q, H, G, T, P)
         to_own = q @ k.transpose(3, 4)                                                            # (Q, H, G, T, S)
-        scores = torch.cat([to_prompt, to_own, to_own.new_zeros(Q, H, G, T, short)], dim=-1)  # (.., P + S + short)
+        scores = torch.cat([to_prompt, to_own, to_own.new_zeros(Q, H, G, T, short)], dim=-1)      # (Q, H, G, T, W)
         future = torch.full((T, S + short), -math.inf, device=q.device).triu(S - T + 1)           # (T, S + short)
-        hidden = torch.cat([prompt_hidden[:, None].expand(-1, T, -1), future.expand(Q, -1, -1)], dim=-1)
-        weights = torch.add(hidden[:, None, None], scores, alpha=1 / math.sqrt(E)).softmax(dim=-1)
+        hidden = torch.cat([prompt_hidden[:, None].expand(-1, T, -1), future.expand(Q, -1, -1)], dim=-1)   # (Q, T, W)
+        weights = torch.add(hidden[:, None, None], scores, alpha=1 / math.sqrt(E)).softmax(dim=-1)   # (Q, H, G, T, W)
         to_prompt, to_own, _ = weights.split([P, S, short], dim=-1)
         return (to_prompt.reshape(Q, H, G * T, P) @ prompt_v).view(Q, H, G, T, E) + to_own @ v
 

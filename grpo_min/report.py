@@ -157,6 +157,11 @@ def best_of(metrics, name):
     return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
 
 
+def seconds_of(metrics):
+    """What the phases of all steps took."""
+    return sum(row[key] for row in metrics for key in row if key.startswith("seconds"))
+
+
 def smooth(values, window=5):
     """Means of up to `window` neighbours to the left."""
     return [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]

@@ -46,7 +46,8 @@ from grpo_min.evaluate import answers, evaluate, held_out
 from grpo_min.metrics import thinks
 from grpo_min.plots import finish, plt
 from grpo_min.pretrain import pack, read_documents
-from grpo_min.report import best_of, first_of, in_words, last_of, machine, spread, table_row, windows, write_study
+from grpo_min.report import (best_of, first_of, in_words, last_of, machine, seconds_of, spread, table_row, windows,
+                             write_study)
 from grpo_min.reward_model import judge
 from grpo_min.rewards import correct
 from grpo_min.runs import DATA, load_model, make_folder, read_jsonl, save_file, serialise, weights
@@ -119,7 +120,7 @@ def one_setting(config, name, changes, seed):
                 explained_variance_start=first_of(metrics, "explained_variance"),
                 explained_variance_best=best_of(metrics, "explained_variance"),
                 explained_variance_end=last_of(metrics, "explained_variance"),
-                seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
+                seconds=seconds_of(metrics))
 
 
 def learning(config, name):
@@ -164,7 +165,7 @@ def one_learning_run(config, study, label, changes, seed):
                    length=last_of(metrics, "length"),
                    length_wrong=float(np.mean(wrong)) if wrong else None, grad_norm=last_of(metrics, "grad_norm"),
                    completions=metrics[-1]["completions"],
-                   seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
+                   seconds=seconds_of(metrics))
     kept = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "equal_groups", "clip_high"]
     return reached, [dict(setting=label, seed=seed, **{key: row.get(key, "") for key in kept}) for row in metrics]
 

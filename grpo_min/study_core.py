@@ -24,8 +24,8 @@ from grpo_min.evaluate import held_out
 from grpo_min.metrics import thinks
 from grpo_min.model import ScalarGPT
 from grpo_min.plots import finish, plt
-from grpo_min.report import (best_of, first_of, in_words, last_of, sides, smooth, spread, state_bytes, table_row,
-                             write_study)
+from grpo_min.report import (best_of, first_of, in_words, last_of, seconds_of, sides, smooth, spread, state_bytes,
+                             table_row, write_study)
 from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, frozen_logprobs, sample
 from grpo_min.runs import DATA, batch_rows, generator, load_model, make_folder, read_jsonl, save_file
@@ -266,7 +266,7 @@ def one_critic(config, label, seed, steps):
     reached = dict(setting=label, seed=seed, **reached, ev_first=first_of(metrics, "explained_variance"),
                    ev_best=best_of(metrics, "explained_variance"), ev_last=last_of(metrics, "explained_variance"),
                    ev_mean=float(np.mean(ev)) if ev else None, megabytes=model_state(policy, settings, label) / 1e6,
-                   seconds=sum(row[key] for row in metrics for key in row if key.startswith("seconds")))
+                   seconds=seconds_of(metrics))
     kept = ["step", "completions", "accuracy", "explained_variance"]
     return reached, [dict(setting=label, seed=seed, **{key: row.get(key, "") for key in kept}) for row in metrics]
 

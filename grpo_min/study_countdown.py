@@ -11,7 +11,7 @@ from grpo_min import grpo, sft
 from grpo_min.compare import beside_each_other, train_or_reuse
 from grpo_min.config import as_options, pick_device
 from grpo_min.evaluate import evaluate, held_out
-from grpo_min.report import spread, table_row, write_study
+from grpo_min.report import seconds_of, spread, table_row, write_study
 from grpo_min.runs import load_model
 from grpo_min.sample import ask
 from grpo_min.task import load_task
@@ -62,8 +62,8 @@ def one_run(config, start, seed):
             device=config.device, **LENGTH, **(QUICK if config.quick else {})))
     rows = held_out(prompts, "test", config.eval_prompts)
     shown = [row["prompt"] for row in rows[:3]]
-    seconds = sum(row[key] for row in metrics for key in row if key.startswith("seconds")) if metrics else None
-    return dict(figures=evaluate(policy, reward, rows, **LENGTH), seconds=seconds, prompts=len(rows), shown=shown,
+    return dict(figures=evaluate(policy, reward, rows, **LENGTH), prompts=len(rows), shown=shown,
+                seconds=seconds_of(metrics) if seed else None,
                 answers=[ask(policy, prompt, 1, 1.0, **LENGTH)[0] for prompt in shown])
 
 

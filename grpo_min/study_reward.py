@@ -27,7 +27,7 @@ from grpo_min.config import pick_device
 from grpo_min.evaluate import answers, evaluate, held_out
 from grpo_min.gold import MAXIMUM, gold_score
 from grpo_min.plots import finish, plt
-from grpo_min.report import sides, spread, table_row, write_study
+from grpo_min.report import seconds_of, sides, spread, table_row, write_study
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, frozen_logprobs, sample
 from grpo_min.runs import DATA, columns, fingerprint, generator, load_model, make_folder, read_jsonl, save_file
@@ -136,10 +136,6 @@ def measure(policy, sft, reward, rows, samples=4, batch=250):
     return (dict(kl=float(np.mean(kl)), proxy=float(np.mean(proxy)), gold=float(np.mean(gold)),
                  gold_even=float(of_prompt[::2].mean()), gold_odd=float(of_prompt[1::2].mean())),
             list(zip(column["prompt"], texts, proxy, gold)))
-
-
-def seconds_of(metrics):
-    return sum(row[key] for row in metrics for key in row if key.startswith("seconds"))
 
 
 # --- in words -----------------------------------------------------------------------------------------------------

@@ -10,16 +10,14 @@ import pytest
 
 from grpo_min.report import sides
 from grpo_min.study import RESULTS
+from grpo_min.study_reward import by
 from tutorials.show import result
 
 
 def study(name, figure, label="setting", **where):
     """{label: the figure of each seed} of the rows of NAME.csv in which the columns have these values."""
-    found = {}
-    for row in result(name):
-        if all(row[column] == value for column, value in where.items()):
-            found.setdefault(row[label], []).append(row[figure])
-    return found
+    return by([row for row in result(name) if all(row[column] == value for column, value in where.items())], label,
+              figure)
 
 
 def means(of_label):

@@ -86,9 +86,8 @@ def main(argv=None):
     print(f"{number} {path.stem[5:].replace('_', ' ')}: {verdict}" + (f"\n{reason}" if reason else ""), flush=True)
     if options.train and verdict != "not begun":
         try:
-            mine = load(path)
-            print(swap.own_task(mine, options.steps, options.out) if number == 12 else
-                  swap.beside_reference(number, mine, options.steps, options.out))
+            print(swap.own_task(path, options.steps, options.out) if number == 12 else
+                  swap.beside_reference(number, load(path), options.steps, options.out))
         except UserError:
             raise
         except Exception as error:

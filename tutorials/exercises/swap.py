@@ -4,7 +4,6 @@ Where `train` has an argument for a part (advantage, loss, kl, reward), the func
 the time of the run, the place of what the loop calls by that name.
 """
 import inspect
-import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,12 @@ import numpy as np
 import torch
 
 from grpo_min import grpo, ppo, reward_model, sft
+from grpo_min.evaluate import evaluate, held_out
 from grpo_min.plots import finish, plt
 from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, Rollout, sample
-from grpo_min.runs import batch_rows, generator, make_folder, optimizer_for, save_file
+from grpo_min.runs import batch_rows, generator, make_folder, optimizer_for
+from grpo_min.task import load_task
 
 CONFIGS = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, reward_model: reward_model.RewardModelConfig}
 SHORT = dict(prompts_per_step=16, group_size=8)       # 128 completions per step
@@ -190,27 +191,19 @@ def beside_reference(number, mine, steps, folder):
     return "\n".join(said + (shown(policy) if number == 11 else []))
 
 
-def own_task(mine, steps, folder):
-    """Exercise 12: fine-tune the base model on the reader's demonstrations, then GRPO with the reader's reward."""
-    folder = Path(folder)
-    make_folder(folder)
-    for name, rows in ("train", mine.prompts("train")), ("demonstrations", mine.demonstrations()):
-        save_file(folder / f"task_{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
-    policy, _ = sft.train(sft.SFTConfig(run="", device="cpu", steps=4 * steps, warmup=steps,
-                                        demonstrations=str(folder / "task_demonstrations.jsonl")))
-    test = mine.prompts("test")[:200]
-    before = mean_reward(policy, mine.reward, test)
-    config = grpo.GRPOConfig(run="", device="cpu", steps=steps, prompts=str(folder / "task_train.jsonl"), **SHORT)
-    policy, rows = grpo.train(config, reward=mine.reward, model=policy)
-    plot(rows, None, ("reward", "kl", "length", "equal_groups"), folder / "ex12.png", "yours", "")
+def own_task(path, steps, folder):
+    """Exercise 12, whose file is one for --task: fine-tune the base model on its demonstrations, then GRPO."""
+    prompts, reward = load_task(str(path), "prompts", "reward")
+    policy, _ = sft.train(sft.SFTConfig(run="", device="cpu", steps=4 * steps, warmup=steps, task=str(path)))
+    test = held_out(prompts, "test", 200)
+    before = evaluate(policy, reward, test)["reward"][0]
+    config = grpo.GRPOConfig(run="", device="cpu", steps=steps, task=str(path), **SHORT)
+    policy, rows = grpo.train(config, model=policy)
+    make_folder(Path(folder))
+    plot(rows, None, ("reward", "kl", "length", "equal_groups"), Path(folder) / "ex12.png", "yours", "")
     return (f"Mean reward on {len(test)} test prompts: {before:.3f} after fine-tuning, "
-            f"{mean_reward(policy, mine.reward, test):.3f} after {steps} steps of GRPO. A task of your own has no "
-            f"reference to be drawn beside it.\nCurves: {folder / 'ex12.png'}")
-
-
-def mean_reward(policy, reward, rows):
-    rollout = sample(policy, Prompts.from_texts([row["prompt"] for row in rows]), 1, 40, 1.0, generator(1, 0))
-    return score(reward, rows, rollout, 1)[0].mean().item()
+            f"{evaluate(policy, reward, test)['reward'][0]:.3f} after {steps} steps of GRPO. A task of your own has no "
+            f"reference to be drawn beside it.\nCurves: {Path(folder) / 'ex12.png'}")
 
 
 def shown(policy):
