@@ -7,7 +7,7 @@ Two domains share one corpus, one tokenizer and one model:
 
 | file                              | rows                                | read by                                |
 |-----------------------------------|-------------------------------------|----------------------------------------|
-| pretrain.txt                      | a document per line                 | pretrain, the tokenizer's ranks        |
+| pretrain.txt                      | a document per line                 | pretrain, the tokenizer                |
 | sft.jsonl                         | prompt, response                    | sft                                    |
 | preferences.jsonl                 | prompt, chosen, rejected            | reward_model                           |
 | preferences_heldout.jsonl         | the same, and what was asked        | reward_model's evaluation              |
@@ -15,8 +15,12 @@ Two domains share one corpus, one tokenizer and one model:
 | arithmetic_{val,test}.jsonl       | prompt, answer, operations          | tuning, the final evaluation           |
 | arithmetic_longer.jsonl           | the same, one more operation        | the final evaluation                   |
 | animals_train.jsonl               | prompt                              | RL                                     |
+| animals_train_facts.jsonl         | prompt, animal, attribute           | the study of noise alone               |
 | animals_{val,test}.jsonl          | prompt, animal, attribute           | tuning, the final evaluation           |
-| tokenizer.tiktoken                | a token and its id                  | tokenizer                              |
+| tokenizer.json                    | tokens and their ids                | tokenizer                              |
+
+animals_train_facts.jsonl is what simulated annotators know: which fact each row of animals_train.jsonl asks for. The
+study of noise lets them choose anew; no training loop reads it.
 
 No prompt is in two of train, val, test and longer. Arithmetic is split by chain. Animals are split by phrasing:
 a question is an opening and a core, all openings and cores are in train, and val and test ask in combinations
@@ -28,10 +32,12 @@ import math
 import random
 from pathlib import Path
 
+from grpo_min import tokenizer
 from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, VALUES, gold_score
-from grpo_min.tokenizer import save_ranks, train_ranks
+from grpo_min.run import bpe
 
 SEED = 1
+VOCAB_SIZE = 600                 # 6 special tokens, 256 bytes, 338 merges
 LARGEST = 49                     # every value of a chain stays in 0..LARGEST
 TRAINED_OPERATIONS = [2, 3]      # operations per chain, unless told; the longer set has one more than the most
 WORDS = {"plus": lambda a, b: a + b, "minus": lambda a, b: a - b, "times": lambda a, b: a * b}
@@ -187,9 +193,10 @@ def preferences(rng, prompts, count):
 # --- files --------------------------------------------------------------------------------------------------------
 
 def write_jsonl(path, rows, fields):
-    lines = [json.dumps({field: row[field] for field in fields}, ensure_ascii=False, separators=(",", ":"))
-             for row in rows]
-    path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    with open(path, "w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            values = {field: row[field] for field in fields}
+            file.write(json.dumps(values, ensure_ascii=False, separators=(",", ":")) + "\n")
 
 
 def main():
@@ -215,9 +222,11 @@ def write(out, operations):
     write_jsonl(out / "arithmetic_val.jsonl", arithmetic_problems(rng, 1000, operations, taken), problem)
     write_jsonl(out / "arithmetic_longer.jsonl", arithmetic_problems(rng, 1000, longer, taken), problem)
     write_jsonl(out / "arithmetic_train.jsonl", arithmetic_problems(rng, 3600, operations, taken), problem[:2])
-    for split in "train", "val", "test":
-        fields = ["prompt"] if split == "train" else ["prompt", "animal", "attribute"]
-        write_jsonl(out / f"animals_{split}.jsonl", animal_prompts(split), fields)
+    fact = ["prompt", "animal", "attribute"]
+    write_jsonl(out / "animals_train.jsonl", animal_prompts("train"), ["prompt"])
+    write_jsonl(out / "animals_train_facts.jsonl", animal_prompts("train"), fact)
+    write_jsonl(out / "animals_val.jsonl", animal_prompts("val"), fact)
+    write_jsonl(out / "animals_test.jsonl", animal_prompts("test"), fact)
 
     rng = random.Random(f"{SEED} demonstrations")
     # Demonstrations: half of the arithmetic direct, half thinking.
@@ -254,8 +263,8 @@ def write(out, operations):
     (out / "pretrain.txt").write_text(text, encoding="utf-8")
 
     corpus = text + "".join(f"{row['prompt']}\n{row['response']}\n" for row in rows)
-    corpus = corpus.replace("<think>", "").replace("</think>", "")        # these are single tokens already
-    save_ranks(train_ranks(corpus), out / "tokenizer.tiktoken")
+    corpus = corpus.replace("<think>", "").replace("</think>", "")        # these are single tokens
+    tokenizer.save(bpe.train(corpus, VOCAB_SIZE), out / "tokenizer.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Stage 1: a base model that predicts the next token of data/pretrain.txt.
+"""Stage 1: a base model that predicts the next token of a text.
 
-The documents are shuffled in every epoch, joined by END and cut into rows that fill the whole context, so that no
-position stays untrained. Loss: mean cross-entropy of the next token, in nats.
+Documents are shuffled in every epoch, joined by END and cut into rows that fill the whole
+context: no position stays untrained. Loss: mean cross-entropy of the next token, in nats.
 """
 import random
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from grpo_min.config import UserError, option, parse, pick_device, require, require_positive, run_command
+from grpo_min import tokenizer as tokenizers
 from grpo_min.model import GPT, GPTConfig
-from grpo_min.ranks import share
-from grpo_min.runs import DATA, fit
-from grpo_min.tokenizer import END, encode
+from grpo_min.run.config import (option, parse, pick_device, require, require_positive,
+                                 run_command)
+from grpo_min.run.files import DATA, read_text
+from grpo_min.run.fit import fit
+from grpo_min.run.ranks import share
 
 
 @dataclass
@@ -21,7 +23,10 @@ class PretrainConfig:
     """Stage 1: pretrain a small GPT on a text, from nothing."""
     run: str = option("runs/pretrain", "folder to write into")
     resume: bool = option(False, "go on from the checkpoint in --run")
-    text: str = option(str(DATA / "pretrain.txt"), "text file, a document per line")
+    text: str = option(str(DATA / "pretrain.txt"),
+                       "text file in UTF-8, a document per line")
+    tokenizer: str = option(str(DATA / "tokenizer.json"), "tokenizer, as "
+                            "grpo_min.tokenizer writes it; the checkpoint holds it")
     layers: int = option(3, "transformer blocks")
     heads: int = option(3, "attention heads; must divide the width")
     width: int = option(96, "size of the residual stream")
@@ -34,52 +39,53 @@ class PretrainConfig:
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
 
-def read_documents(path):
+def read_documents(path, tokenizer):
     """The documents of a text file as lists of token ids, each ending in END."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            documents = [encode(line.strip()) + [END] for line in file if line.strip()]
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
-    except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text")
+    lines = [line.strip() for line in read_text(path).splitlines()]
+    documents = [tokenizer.encode(line) + [tokenizer.end] for line in lines if line]
     require(documents, f"{path} is empty")
     return documents
 
 
 def pack(documents, context, seed):
-    """Shuffle the documents, join them and cut them into rows of context + 1 tokens: (rows, context + 1)."""
+    """Shuffle the documents, join them and cut them: (rows, context + 1)."""
     documents = documents[:]
     random.Random(seed).shuffle(documents)
     ids = torch.tensor([token for document in documents for token in document])
-    count = (len(ids) - 1) // context
-    return torch.stack([ids[i * context:(i + 1) * context + 1] for i in range(count)])
+    rows = range((len(ids) - 1) // context)
+    return torch.stack([ids[i * context:(i + 1) * context + 1] for i in rows])
 
 
 def train(config):
     """Pretrain -> the base model and one row of metrics per step."""
-    require_positive(config, "layers", "heads", "width", "context", "steps", "batch_size", "lr", "warmup")
+    require_positive(config, "layers", "heads", "width", "context", "steps", "batch_size",
+                     "lr", "warmup")
     device = pick_device(config.device)
-    require(config.width % config.heads == 0, f"a width of {config.width} does not divide into {config.heads} heads")
-    documents = read_documents(config.text)
+    require(config.width % config.heads == 0,
+            f"a width of {config.width} does not divide into {config.heads} heads")
+    tokenizer = tokenizers.load(config.tokenizer)
+    documents = read_documents(config.text, tokenizer)
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(context=config.context, layers=config.layers, heads=config.heads,
-                          width=config.width)).to(device)
+    model = GPT(GPTConfig(tokenizer.vocab_size, config.context, config.layers, config.heads,
+                          config.width), tokenizer).to(device)
     rows_per_epoch = (sum(map(len, documents)) - 1) // config.context
     batches = rows_per_epoch // config.batch_size
-    require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows, --batch-size is {config.batch_size}")
-    packed = {}                                                              # {epoch: rows}, the current one only
+    require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows, --batch-size is "
+            f"{config.batch_size}")
+    packed = {}  # {epoch: rows}, the current one only
 
     def loss_at(step):
         epoch, index = divmod(step, batches)
         if epoch not in packed:
             packed.clear()
-            packed[epoch] = pack(documents, config.context, f"{config.seed} {epoch}").to(device)
-        ids = share(packed[epoch][index * config.batch_size:(index + 1) * config.batch_size])     # (batch, context + 1)
-        logits = model.plain(ids[:, :-1])                                                    # (batch, context, V)
+            rows = pack(documents, config.context, f"{config.seed} {epoch}")
+            packed[epoch] = rows.to(device)
+        ids = packed[epoch][index * config.batch_size:(index + 1) * config.batch_size]
+        ids = share(ids)  # (batch, context + 1), of this rank
+        logits = model.plain(ids[:, :-1])  # (batch, context, V)
         return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten()), {}
 
-    return model, fit(config, model, [config.text], loss_at)
+    return model, fit(config, model, [config.text, config.tokenizer], loss_at)
 
 
 def main(argv=None):

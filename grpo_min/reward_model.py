@@ -1,10 +1,12 @@
 """Stage 3: a reward model, trained on the annotators' choices only.
 
-The SFT model with a scalar head, read at the last real token (END). Loss: Bradley-Terry, the negative log-likelihood
-of the choices, -log sigmoid(score(chosen) - score(rejected)) (Ouyang et al., 2203.02155, eq. 1).
+The SFT model with a scalar head, read at the last real token (END). Loss: Bradley-Terry,
+the negative log-likelihood of the choices, -log sigmoid(score(chosen) - score(rejected))
+(Ouyang et al., 2203.02155, eq. 1).
 
-Held-out pairs are judged beside two limits that the annotators' noise sets: how often the hidden gold score, too,
-agrees with the choices (the ceiling), and calibration, the share of choices that went as surely as was predicted.
+Held-out pairs are judged beside two limits that the annotators' noise sets: how often the
+hidden gold score, too, agrees with the choices (the ceiling), and calibration, the share of
+choices that went as surely as was predicted.
 """
 import json
 from dataclasses import dataclass
@@ -14,17 +16,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.evaluate import agreement, interval
 from grpo_min.gold import ATTRIBUTES, FACTS, gold_score
-from grpo_min.metrics import agreement, interval, wilson
-from grpo_min.model import ScalarGPT
-from grpo_min.plots import plot_calibration
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, pad_completions, require_fit
-from grpo_min.runs import DATA, batch_rows, columns, fit, generator, load_model, read_jsonl, save_file
-from grpo_min.tokenizer import encode_completion, encode_prompt
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import (option, parse, pick_device, require, require_positive,
+                                 run_command)
+from grpo_min.run.data import batch_rows, columns, read_jsonl
+from grpo_min.run.files import DATA, save_file
+from grpo_min.run.fit import fit
+from grpo_min.run.plots import plot_calibration
+from grpo_min.run.rng import generator
 
-FIELDS = ["prompt", "chosen", "rejected"]
+SIDES = ["chosen", "rejected"]
+FIELDS = ["prompt", *SIDES]
 
 
 @dataclass
@@ -32,83 +38,100 @@ class RewardModelConfig:
     """Stage 3: train a reward model on pairs of answers, of which one was chosen."""
     run: str = option("runs/reward_model", "folder to write into")
     resume: bool = option(False, "go on from the checkpoint in --run")
-    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model to start from")
-    preferences: str = option(str(DATA / "preferences.jsonl"), "JSONL with the fields prompt, chosen and rejected")
-    heldout: str = option(str(DATA / "preferences_heldout.jsonl"),
-                          "the same, with the fields animal and attribute, for the evaluation")
-    holdout: float = option(0.0, "share of the prompts in --preferences that are not trained on, but judged on")
+    sft: str = option(str(DATA / "checkpoints/sft.pt"),
+                      "checkpoint of the SFT model to start from")
+    preferences: str = option(str(DATA / "preferences.jsonl"),
+                              "JSONL with the fields prompt, chosen and rejected")
+    heldout: str = option(str(DATA / "preferences_heldout.jsonl"), "the same, with the "
+                          "fields animal and attribute, for the evaluation")
+    holdout: float = option(0.0, "share of the prompts in --preferences that are not "
+                            "trained on, but judged on")
     steps: int = option(2800, "updates")
     batch_size: int = option(24, "pairs per update (all, if there are fewer)")
     lr: float = option(2e-3, "peak learning rate")
-    weight_decay: float = option(0.5, "AdamW's weight decay, so that the annotators' noise is not learnt by heart")
+    weight_decay: float = option(0.5, "AdamW's weight decay, so that the annotators' noise "
+                                 "is not learnt by heart")
     warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the order of pairs")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
 
 def preference_loss(chosen, rejected):
-    """Bradley-Terry: the mean of -log sigmoid(chosen - rejected) over n pairs of scores, (n,), (n,) -> scalar."""
+    """Bradley-Terry: the mean of -log sigmoid(chosen - rejected), (n,), (n,) -> scalar."""
     return -F.logsigmoid(chosen - rejected).mean()
 
 
 def keep_back(rows, share, seed):
-    """Choices -> those to train on, those kept back: all that were made on a share of the prompts. Without a share,
-    none are kept back. UserError if one side would be empty."""
+    """Choices -> those to train on, those kept back: all that concern a share of prompts.
+
+    UserError if one side would be empty, though a share was asked for.
+    """
     require(0 <= share < 1, f"--holdout must be from 0 to below 1, not {share}")
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    order = torch.randperm(len(prompts), generator=generator(seed, "holdout", rank=0)).tolist()
+    shuffle = generator(seed, "holdout", rank=0)
+    order = torch.randperm(len(prompts), generator=shuffle).tolist()
     kept = {prompts[i] for i in order[:round(share * len(prompts))]}
     require(bool(kept) == (share > 0) and len(kept) < len(prompts),
             f"--holdout {share}: {len(prompts)} prompts are too few")
-    return [row for row in rows if row["prompt"] not in kept], [row for row in rows if row["prompt"] in kept]
+    return ([row for row in rows if row["prompt"] not in kept],
+            [row for row in rows if row["prompt"] in kept])
 
 
 def train(config):
     """Train -> the reward model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
-    require(config.weight_decay >= 0, f"--weight-decay must be at least 0, not {config.weight_decay}")
+    require(config.weight_decay >= 0,
+            f"--weight-decay must be at least 0, not {config.weight_decay}")
     device = pick_device(config.device)
     rows = read_jsonl(config.preferences, FIELDS)
-    sft = load_model(config.sft, "GPT", device)
-    for side in "chosen", "rejected":
-        require_fit(sft.config.context, [(len(encode_prompt(row["prompt"])), len(encode_completion(row[side])))
-                                         for row in rows], config.preferences)
+    sft = load_model(config.sft, device)
+    tokenizer = sft.tokenizer
+    for side in SIDES:
+        lengths = [(len(tokenizer.encode_prompt(row["prompt"])),
+                    len(tokenizer.encode_completion(row[side]))) for row in rows]
+        require_fit(sft.config.context, lengths, config.preferences)
     rows, _ = keep_back(rows, config.holdout, config.seed)
     batch_size = min(config.batch_size, len(rows))
-    seen = config.steps * batch_size / len(rows)
-    if seen > 20:
-        print(f"note: {config.steps} updates see each of only {len(rows)} choices {seen:.0f} times and learn them by "
-              "heart, whatever the loss says: make more choices or fewer --steps, and see --holdout")
-    model = ScalarGPT(sft.config).to(device)
-    model.trunk.load_state_dict(sft.state_dict())
+    passes = config.steps * batch_size / len(rows)
+    if passes > 20:
+        print(f"note: {config.steps} updates see each of only {len(rows)} choices "
+              f"{passes:.0f} times and learn them by heart, whatever the loss says: make "
+              "more choices or fewer --steps, and see --holdout")
+    model = sft.with_scalar_head()
 
     def loss_at(step):
         batch = [rows[i] for i in batch_rows(len(rows), batch_size, config.seed, step)]
-        prompts = Prompts.from_texts([row["prompt"] for row in batch], device)
-        # Two completions of each prompt, so that row 2 q is the chosen one and row 2 q + 1 the rejected one.
-        ids, mask = pad_completions([row[side] for row in batch for side in ("chosen", "rejected")], device)
-        scores = model.last(prompts, ids, mask).view(-1, 2)                                   # (batch, 2)
+        prompts = Prompts.from_texts([row["prompt"] for row in batch], tokenizer, device)
+        # Two completions of each prompt: row 2 q is the chosen one, 2 q + 1 the rejected.
+        texts = [row[side] for row in batch for side in SIDES]
+        ids, mask = pad_completions(texts, tokenizer, device)
+        scores = model.last(prompts, ids, mask).view(-1, 2)  # (batch, 2)
         accuracy = (scores[:, 0] > scores[:, 1]).float().mean().item()
         return preference_loss(scores[:, 0], scores[:, 1]), dict(accuracy=accuracy)
 
-    return model, fit(config, model, [config.sft, config.preferences], loss_at, config.weight_decay)
+    inputs = [config.sft, config.preferences]
+    return model, fit(config, model, inputs, loss_at, config.weight_decay)
 
 
 def judge(model, pairs):
     """How well a reward model agrees with held-out choices -> a dict that JSON can hold.
 
-    pairs: rows with prompt, chosen, rejected, animal, attribute. accuracy, ceiling (the gold score's accuracy on the
-    same pairs, a tie counts half) and shortfall (ceiling - accuracy) are [mean, low, high] with 95% intervals.
-    calibration: per tenth of the predicted probability, [mean predicted, share that went so, pairs].
+    pairs: rows with prompt, chosen, rejected, animal, attribute. accuracy, ceiling (the
+    gold score's accuracy on the same pairs, a tie counts half) and shortfall (ceiling -
+    accuracy) are [mean, low, high] with 95% intervals. calibration: per tenth of the
+    predicted probability, [mean predicted, share that went so, pairs].
     """
-    column = columns(pairs)
-    reward = learned(model)
-    margin = np.array(reward(column["prompt"], column["chosen"])) - reward(column["prompt"], column["rejected"])  # (n,)
-    gold = [np.array(gold_score(column["prompt"], column[side], column["animal"], column["attribute"]))
-            for side in ("chosen", "rejected")]
-    right = np.where(margin == 0, 0.5, margin > 0)                                            # (n,)
-    ceiling = np.where(gold[0] == gold[1], 0.5, gold[0] > gold[1])                            # (n,)
-    sure = 1 / (1 + np.exp(-np.abs(margin)))                          # (n,) predicted for the likelier answer
+    column, reward = columns(pairs), learned(model)
+    score, gold = {}, {}
+    for side in SIDES:
+        score[side] = np.array(reward(column["prompt"], column[side]))  # (n,)
+        gold[side] = np.array(gold_score(column["prompt"], column[side], column["animal"],
+                                         column["attribute"]))  # (n,)
+    margin = score["chosen"] - score["rejected"]  # (n,)
+    gold_margin = gold["chosen"] - gold["rejected"]  # (n,)
+    right = np.where(margin == 0, 0.5, margin > 0)  # (n,)
+    ceiling = np.where(gold_margin == 0, 0.5, gold_margin > 0)  # (n,)
+    sure = 1 / (1 + np.exp(-np.abs(margin)))  # (n,) predicted for the likelier answer
     bins = np.minimum(((sure - 0.5) * 10).astype(int), 4)
     calibration = [[sure[bins == b].mean(), right[bins == b].mean(), int((bins == b).sum())]
                    for b in range(5) if (bins == b).any()]
@@ -117,13 +140,12 @@ def judge(model, pairs):
 
 
 def report_kept_back(model, kept, path):
-    """Say how often a reward model agrees with choices from a file that it was not trained on."""
+    """Say how often a reward model agrees with choices that it was not trained on."""
     column, reward = columns(kept), learned(model)
-    chosen, rejected = (reward(column["prompt"], column[side]) for side in ("chosen", "rejected"))
+    chosen, rejected = (reward(column["prompt"], column[side]) for side in SIDES)
     right = [a > b for a, b in zip(chosen, rejected)]
-    print(f"\nWith choices kept back from {path} it agrees in {agreement(right)}. That is "
-          + ("not shown to be better" if wilson(right)[1] <= 0.5 else "better") + " than tossing a coin."
-          " Four times as many choices would halve the interval.")
+    print(f"\nWith choices kept back from {path} it agrees in {agreement(right)}; a tossed "
+          "coin would in half. Four times as many choices would halve the interval.")
 
 
 def read_heldout(path):
@@ -131,19 +153,22 @@ def read_heldout(path):
     pairs = read_jsonl(path, FIELDS + ["animal", "attribute"])
     for number, row in enumerate(pairs, start=1):
         for name, known in ("animal", FACTS), ("attribute", ATTRIBUTES):
-            require(row[name] in known, f"{path}, line {number}: the {name} \"{row[name]}\" is not in data/animals.csv")
+            require(row[name] in known, f"{path}, line {number}: the {name} "
+                    f"\"{row[name]}\" is not in data/animals.csv")
     return pairs
 
 
 def report(model, heldout, folder):
-    """Judge a reward model on a file of held-out pairs; print the tables and write them, and a figure, to a folder."""
-    pairs = read_heldout(heldout)
-    result = judge(model, pairs)
-    table = ["| held-out pairs | reward model agrees | ceiling | shortfall |", "| --- | --- | --- | --- |",
-             f"| {result['pairs']} | " + " | ".join("{:.1%} (95% interval {:.1%} to {:.1%})".format(*result[name])
-                                                   for name in ("accuracy", "ceiling", "shortfall")) + " |", "",
+    """Judge a reward model on a file of held-out pairs: tables, printed and in a folder."""
+    result = judge(model, read_heldout(heldout))
+    shares = ["{:.1%} (95% interval {:.1%} to {:.1%})".format(*result[name])
+              for name in ("accuracy", "ceiling", "shortfall")]
+    table = ["| held-out pairs | reward model agrees | ceiling | shortfall |",
+             "| --- | --- | --- | --- |",
+             f"| {result['pairs']} | {' | '.join(shares)} |", "",
              "| predicted | happened | pairs |", "| --- | --- | --- |"]
-    table += [f"| {predicted:.0%} | {seen:.0%} | {count} |" for predicted, seen, count in result["calibration"]]
+    table += [f"| {predicted:.0%} | {happened:.0%} | {count} |"
+              for predicted, happened, count in result["calibration"]]
     print("\n".join(table))
     if folder:
         save_file(Path(folder) / "evaluation.json", json.dumps(result, indent=1).encode())
@@ -154,8 +179,9 @@ def report(model, heldout, folder):
 
 def main(argv=None):
     config = parse(RewardModelConfig, argv)
-    read_heldout(config.heldout)        # a mistake in it should not show after the training only
-    _, kept = keep_back(read_jsonl(config.preferences, FIELDS), config.holdout, config.seed)
+    read_heldout(config.heldout)  # a mistake in it should show before the training
+    choices = read_jsonl(config.preferences, FIELDS)
+    _, kept = keep_back(choices, config.holdout, config.seed)
     model, _ = train(config)
     report(model, config.heldout, config.run)
     if kept:

@@ -1,19 +1,27 @@
-"""Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?", or line by line without it."""
+"""Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?"
+
+Without --prompt it reads questions line by line.
+"""
 from dataclasses import dataclass
 
-from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, sample
-from grpo_min.runs import DATA, generator, load_model
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import (option, parse, pick_device, require, require_positive,
+                                 run_command)
+from grpo_min.run.files import DATA
+from grpo_min.run.rng import generator
 
 
 @dataclass
 class SampleConfig:
     """Ask a checkpoint and read its answers."""
-    checkpoint: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of a base, SFT, GRPO or PPO model")
-    prompt: str = option("", "what to ask; without it, questions are read line by line until an empty one")
+    checkpoint: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of a base, SFT, "
+                             "GRPO or PPO model")
+    prompt: str = option("", "what to ask; without it, questions are read line by line "
+                         "until an empty one")
     answers: int = option(2, "answers sampled to each prompt")
-    temperature: float = option(1.0, "sampling temperature; 0 takes the likeliest token each time")
+    temperature: float = option(1.0, "sampling temperature; 0 takes the likeliest token")
     max_new_tokens: int = option(40, "longest answer, in tokens")
     reward_model: str = option("", "checkpoint of a reward model, to see its scores too")
     seed: int = option(1, "seed of the sampling")
@@ -21,13 +29,16 @@ class SampleConfig:
 
 
 def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=40, seed=1):
-    """`answers` completions of one prompt, as texts. UserError if the prompt is too long."""
-    prompts = Prompts.from_texts([text], next(policy.parameters()).device)
-    return sample(policy, prompts, answers, max_new_tokens, temperature, generator(seed, 0)).texts()
+    """`answers` completions of one prompt, as texts. UserError if it is too long."""
+    device = next(policy.parameters()).device
+    prompts = Prompts.from_texts([text], policy.tokenizer, device)
+    rollout = sample(policy, prompts, answers, max_new_tokens, temperature,
+                     generator(seed, 0))
+    return rollout.texts(policy.tokenizer)
 
 
 def show_answers(policy, questions, reward=None):
-    """Print a sampled answer to each question, with the reward model's score where there is one."""
+    """Print a sampled answer to each question, and its score if there is a reward."""
     for question in questions:
         text = ask(policy, question, answers=1)[0]
         score = f"    (score {reward([question], [text])[0]:.2f})" if reward else ""
@@ -39,19 +50,23 @@ def main(argv=None):
     require_positive(config, "answers", "max_new_tokens")
     require(config.temperature >= 0, "--temperature must be at least 0")
     device = pick_device(config.device)
-    policy = load_model(config.checkpoint, "GPT", device)
-    reward = learned(load_model(config.reward_model, "ScalarGPT", device)) if config.reward_model else None
+    policy, reward = load_model(config.checkpoint, device), None
+    if config.reward_model:
+        reward = learned(load_model(config.reward_model, device, "ScalarGPT"))
 
     def answer(text):
-        answers = ask(policy, text, config.answers, config.temperature, config.max_new_tokens, config.seed)
+        answers = ask(policy, text, config.answers, config.temperature,
+                      config.max_new_tokens, config.seed)
         scores = reward([text] * len(answers), answers) if reward else [None] * len(answers)
         for completion, score in zip(answers, scores):
-            print(f"  {completion.strip()}" + ("" if score is None else f"    (score {score:.2f})"))
+            shown = "" if score is None else f"    (score {score:.2f})"
+            print(f"  {completion.strip()}{shown}")
 
     if config.prompt:
         answer(config.prompt)
         return
-    print("ask, for example: what does a cow eat?   or: start with 3, times 9, minus 7.   (an empty line ends)")
+    print("ask, for example: what does a cow eat?   or: start with 3, times 9, minus 7.   "
+          "(an empty line ends)")
     while True:
         try:
             text = input("> ").strip()

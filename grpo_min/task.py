@@ -1,30 +1,33 @@
-"""A task of your own in one Python file, for --task; tutorials/countdown.py is one. It defines
+"""A task of your own in one Python file, for --task. Like tutorials/countdown.py, it has
 
-    prompts(split) -> rows with prompt and whatever the reward needs, for split train, val or test
+    prompts(split) -> rows with prompt and what the reward needs; split: train, val or test
     demonstrations() -> rows with prompt and response
-    reward(prompts, completions, **columns) -> a number for each completion, as in rewards.py
+    reward(prompts, completions, **columns) -> a number per completion, as in rewards.py
 
-or those that a command asks for: sft wants demonstrations; grpo, ppo and evaluate want prompts and reward. A row is a
-dict. Its fields reach the reward as columns, and so does `finished`. The same rows must come at every call.
+or those that a command asks for: sft wants demonstrations; grpo, ppo and evaluate want
+prompts and reward. A row is a dict. Its fields reach the reward as columns, and so does
+`finished`. Every call must return the same rows.
 
-The file is no data but a program of yours, and is run like one: nothing keeps it from doing harm.
+The file is a program of yours and is run like one: nothing keeps it from doing harm.
 """
 import runpy
 import traceback
 from contextlib import contextmanager
 
-from grpo_min.config import UserError, require
-from grpo_min.runs import checked_rows, fingerprint
+from grpo_min.run.config import UserError, require
+from grpo_min.run.data import checked_rows
+from grpo_min.run.files import fingerprint
 
-FIELDS = {"prompts": ["prompt"], "demonstrations": ["prompt", "response"]}       # that must be strings
+FIELDS = {"prompts": ["prompt"], "demonstrations": ["prompt", "response"]}  # strings
 
 
 def load_task(path, *names):
-    """Run a task file -> these functions of it, returning lists. prompts and demonstrations take at_least, too.
+    """Run a task file -> these functions of it, which return lists.
 
-    Whatever goes wrong in the file, or later in a function, is a UserError of one line; so are too few rows.
+    prompts and demonstrations take at_least, too. Whatever goes wrong in the file, or later
+    in a function, is a UserError of one line; so are too few rows.
     """
-    fingerprint(path)                                            # a UserError for a file that cannot be read
+    fingerprint(path)  # a UserError for a file that cannot be read
     with mistakes_named(path, "as it is run"):
         contents = runpy.run_path(path)
 
@@ -35,8 +38,8 @@ def load_task(path, *names):
             with mistakes_named(path, f"{name}()"):
                 return list(contents[name](*arguments, **columns))
 
-        def rows(*arguments, at_least=1):
-            return checked_rows(call(*arguments), FIELDS[name], path, name[:-1], at_least)    # a row is a prompt
+        def rows(*arguments, at_least=1):  # name[:-1] is what one is called
+            return checked_rows(call(*arguments), FIELDS[name], path, name[:-1], at_least)
         call.__qualname__ = f"{name}() of {path}"
         return rows if name in FIELDS else call
     return [function(name) for name in names]
@@ -44,14 +47,16 @@ def load_task(path, *names):
 
 @contextmanager
 def mistakes_named(path, when):
-    """An error becomes a UserError that names the file and, if it happened in the file, the line."""
+    """An error becomes a UserError that names the file and, if it is there, the line."""
     try:
         yield
     except UserError:
         raise
     except (Exception, SystemExit) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == path]
         if isinstance(error, SyntaxError) and error.filename == path:
             lines.append(error.lineno)
         place = f"{path}, line {lines[-1]}" if lines else f"{path}, {when}"
-        raise UserError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())[:300]}")
+        message = " ".join(str(error).split())[:300]
+        raise UserError(f"{place}: {type(error).__name__}: {message}")

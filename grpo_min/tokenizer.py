@@ -1,90 +1,101 @@
-"""Byte-pair encoding on tiktoken, with our own ranks (data/tokenizer.tiktoken) and six special tokens.
+"""Byte-pair encoding on tiktoken: a tokenizer belongs to a model, and is saved with it.
 
-A conversation is USER prompt ASSISTANT completion END; a completion may hold THINK ... THINK_END.
-Text is encoded by its bytes, so anything that UTF-8 can hold round-trips, and what a user types can never
-become a special token: `encode` knows none.
+A conversation is USER prompt ASSISTANT completion END. Tags of thinking are tokens, too.
+Text is encoded by its bytes, so that anything round-trips, and what a user types can never
+become a special token: `encode` knows none. A tokenizer for a text of your own:
+
+    python -m grpo_min.tokenizer --text FILE --vocab-size 1000 --run runs/mine
 """
 import base64
 import functools
-import math
-from collections import Counter
-from pathlib import Path
+import json
 
-import regex
 import tiktoken
 
-RANKS_FILE = Path(__file__).parent.parent / "data" / "tokenizer.tiktoken"
-# Words and numbers carry the space before them; numbers of up to two digits stay whole, longer ones are cut.
+from grpo_min.run.config import UserError, run_command
+from grpo_min.run.files import DATA, read_text, save_file
+
+# Words and numbers carry the space before them; numbers of more than two digits are cut.
 PATTERN = r" ?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+|\s+"
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
-PAD, END, USER, ASSISTANT, THINK, THINK_END = range(len(SPECIAL))
-VOCAB_SIZE = 600    # 6 special tokens, 256 bytes, 338 merges
+PROMPT = "<|user|>{}<|assistant|>"
+IN_COMPLETIONS = {"<think>", "</think>"}      # special tokens that its text may hold
 
 
-def encode(text):
-    """Text to a list of token ids, none of them special."""
-    return encoding().encode_ordinary(text)
+class Tokenizer:
+    """Text to ids and back. ranks {bytes: id} and special {name: id} are its vocabulary.
+
+    pattern: the regular expression that cuts a text before its pieces are encoded. prompt:
+    how a prompt is wrapped, {} stands for its text. Copies of a model share it.
+    """
+
+    def __init__(self, ranks, special, pattern=PATTERN, prompt=PROMPT):
+        self.ranks, self.special = ranks, special
+        self.pattern, self.prompt = pattern, prompt
+        self.encoding = tiktoken.Encoding(
+            "grpo_min", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        self.vocab_size = self.encoding.n_vocab
+        self.pad, self.end = special["<|pad|>"], special["<|end|>"]
+        self.before, self.after = (self.encoding.encode(part, allowed_special="all")
+                                   for part in prompt.split("{}"))
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def encode(self, text):
+        """Text to a list of token ids, none of them special."""
+        return self.encoding.encode_ordinary(text)
+
+    def encode_prompt(self, text):
+        """What the user said, up to where the assistant speaks: USER text ASSISTANT."""
+        return self.before + self.encode(text) + self.after
+
+    def encode_completion(self, text, finished=True):
+        """The assistant's words, <think> and </think> as tokens, and END if it finished."""
+        allowed = IN_COMPLETIONS & self.special.keys()
+        ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        return ids + [self.end] if finished else ids
+
+    def decode(self, ids):
+        """Token ids to text; special tokens show their names."""
+        return self.encoding.decode(list(ids))
+
+    def to_dict(self):
+        """The tokenizer as plain data, for a checkpoint or a file."""
+        ranks = {base64.b64encode(token).decode(): n for token, n in self.ranks.items()}
+        return dict(pattern=self.pattern, prompt=self.prompt, special=self.special,
+                    ranks=ranks)
+
+    @classmethod
+    def from_dict(cls, data):
+        """The reverse. ValueError unless all bytes have ids, and the ids are 0, 1, 2, .."""
+        ranks = {base64.b64decode(token): rank for token, rank in data["ranks"].items()}
+        ids = sorted([*ranks.values(), *data["special"].values()])
+        known = all(bytes([byte]) in ranks for byte in range(256))
+        if ids != list(range(len(ids))) or not known:      # tiktoken would crash
+            raise ValueError("not the ids of a tokenizer")
+        return cls(ranks, data["special"], data["pattern"], data["prompt"])
 
 
-def encode_prompt(text):
-    """What the user said, up to the point where the assistant speaks: USER text ASSISTANT."""
-    return [USER] + encode(text) + [ASSISTANT]
+def load(path):
+    """The tokenizer of a file that the command above has written."""
+    text = read_text(path)
+    try:
+        return Tokenizer.from_dict(json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        raise UserError(f"{path} is not a tokenizer that grpo_min.tokenizer has written")
 
 
-def encode_completion(text, finished=True):
-    """The assistant's words, with <think> and </think> as single tokens, and END if it finished."""
-    ids = encoding().encode(text, allowed_special={"<think>", "</think>"}, disallowed_special=())
-    return ids + [END] if finished else ids
-
-
-def decode(ids):
-    """Token ids to text; special tokens show their names."""
-    return encoding().decode(list(ids))
+def save(tokenizer, path):
+    save_file(path, json.dumps(tokenizer.to_dict(), indent=1).encode())
 
 
 @functools.cache
-def encoding(path=RANKS_FILE):
-    """The tiktoken.Encoding of a file of ranks. Nothing is downloaded."""
-    lines = Path(path).read_text(encoding="ascii").splitlines()
-    ranks = {base64.b64decode(token): int(rank) for token, rank in map(str.split, lines)}
-    special = {name: i for i, name in enumerate(SPECIAL)}
-    return tiktoken.Encoding("grpo_min", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special,
-                             explicit_n_vocab=VOCAB_SIZE)
+def own():
+    """The tokenizer of the committed models. Nothing is downloaded."""
+    return load(DATA / "tokenizer.json")
 
 
-def train_ranks(text):
-    """Learn the ranks from a text (Sennrich et al., 1508.07909): {token bytes: id}, the 256 bytes first.
-
-    Again and again the most frequent pair of neighbours becomes a token. A word counts by the square root of its
-    frequency, so that the few words of arithmetic do not crowd out the many about animals. Ties go to the pair of
-    smallest bytes, so that the result depends on the text alone.
-    """
-    tokens = [bytes([byte]) for byte in range(256)]
-    counts = Counter(regex.findall(PATTERN, text))
-    words = {tuple(bytes([byte]) for byte in word.encode()): math.isqrt(count) for word, count in counts.items()}
-    while len(SPECIAL) + len(tokens) < VOCAB_SIZE:
-        pairs = Counter()
-        for word, count in words.items():
-            for pair in zip(word, word[1:]):
-                pairs[pair] += count
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
-        tokens.append(best[0] + best[1])
-        words = {merge(word, best): count for word, count in words.items()}
-    return {token: i for i, token in enumerate(tokens, start=len(SPECIAL))}
-
-
-def merge(word, pair):
-    """Join every occurrence of `pair` in a tuple of tokens."""
-    merged = []
-    for token in word:
-        if merged and (merged[-1], token) == pair:
-            merged[-1] += token
-        else:
-            merged.append(token)
-    return tuple(merged)
-
-
-def save_ranks(ranks, path):
-    """Write tiktoken's own format: a line per token, its bytes in base64 and its id."""
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in ranks.items()]
-    Path(path).write_text("".join(lines), encoding="ascii")
+if __name__ == "__main__":
+    from grpo_min.run import bpe
+    run_command(bpe.main)

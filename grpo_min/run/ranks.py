@@ -1,8 +1,8 @@
-"""Several processes, one to a GPU or core: torchrun --nproc_per_node=2 -m -- grpo_min.grpo --run ... (or another stage)
+"""Several processes, one to a GPU or core: torchrun --nproc_per_node=2 -m -- grpo_min.grpo
 
-Every rank takes its share of each batch, whole groups, and gradients are averaged: an update is that of one process
-with the whole batch, but that each rank samples with random numbers of its own, splits its own share into minibatches,
-and whitens PPO's advantages over its own tokens. Metrics are means over ranks. Rank 0 alone writes and speaks.
+Every rank takes its share of each batch, whole groups, and gradients are averaged: an
+update is that of one process with the whole batch, but for random numbers, minibatches and
+PPO's whitening, of which each rank has its own. Metrics are means; rank 0 alone speaks.
 """
 import os
 import sys
@@ -27,8 +27,7 @@ def join(device):
 
 
 def leave(code):
-    """End this process with an exit code; if it is one of several, with 0 once all are here, and at once, since in an
-    orderly exit gloo's threads may abort it."""
+    """End this process; one of several at once, since gloo's threads may abort an exit."""
     if dist.is_initialized():
         if code == 0:
             dist.barrier()
@@ -52,9 +51,10 @@ def mean(tensor):
 
 
 def mean_of_rows(row, device):
-    """The mean over the ranks of a row of metrics {name: number}; "" where no rank has measured anything."""
+    """The mean over ranks of a row {name: number}; "" where none has measured it."""
     if RANKS == 1:
         return row
     measured = torch.tensor([float(value != "") for value in row.values()], device=device)
-    values = mean(torch.tensor([value or 0.0 for value in row.values()], device=device)) / mean(measured)
+    total = torch.tensor([value or 0.0 for value in row.values()], device=device)
+    values = mean(total) / mean(measured)
     return {name: "" if value.isnan() else value.item() for name, value in zip(row, values)}

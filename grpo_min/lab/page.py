@@ -1,21 +1,36 @@
-"""One run as one HTML page that needs no network: its curves, and a slider over what was sampled in each step.
+"""One run as one HTML page to watch in a browser: python -m grpo_min.lab.page runs/NAME
 
-page.html is the page without a run: its text, its colours and the script that draws. What is made here is the data
-that it draws: read from the run folder, checked, and made small enough to be opened and sent around.
+The page needs no network: it holds the run's curves, and a slider over what was sampled in each step. page.html is the
+page without a run: its text, its colours and the script that draws. What is made here is the data that it draws: read
+from the run folder, checked, and made small enough to be opened and sent around.
 """
 import csv
 import html
 import json
 import math
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 
-from grpo_min.config import UserError, require
-from grpo_min.plots import PANELS
-from grpo_min.runs import number, read_jsonl
+from grpo_min.run.config import UserError, option, parse, require, run_command
+from grpo_min.run.data import read_jsonl
+from grpo_min.run.files import save_file
+from grpo_min.run.plots import PANELS
+from grpo_min.run.table import number
 
 LIMIT = 1_700_000       # bytes of samples and curves; with the page around them it stays below 2 MB
 MOST_POINTS = 500       # of a curve
 ASIDE = ("step", "completions", "memory_mb", "lr")      # columns that say nothing about learning; seconds_* neither
+
+
+@dataclass
+class PageConfig:
+    """Write a run as one HTML page to watch in a browser: python -m grpo_min.lab.page runs/NAME
+
+    The folder of the run comes first. The page has the curves and, from GRPO and PPO, a slider over the steps that
+    shows some of the sampled groups, their rewards, and the advantage (PPO: and the value) of each token.
+    """
+    out: str = option("", "HTML file to write; without it: report.html in the folder of the run")
 
 
 def run_page(folder):
@@ -34,9 +49,10 @@ def run_data(folder):
     samples = read_samples(folder / "samples.jsonl") if is_rl else []
     algorithm = ("PPO" if "critic" in settings else "GRPO") if is_rl else ""
     curve_every = math.ceil(len(rows) / MOST_POINTS)
-    kept = thin(rows, curve_every)
-    data = dict(algorithm=algorithm, settings=settings, steps=len(rows), curve_steps=[row["step"] for row in kept],
-                curve_every=curve_every, panels=panels(kept, is_rl), scales=scales(samples))
+    shown_rows = thin(rows, curve_every)
+    data = dict(algorithm=algorithm, settings=settings, steps=len(rows), curve_every=curve_every,
+                curve_steps=[row["step"] for row in shown_rows], panels=panels(shown_rows, is_rl),
+                scales=scales(samples))
     steps, every = grouped(samples, settings.get("group_size")), 1
     # Every k-th step, with the smallest k that fits, so that what is shown is spread evenly over the run.
     while every < len(steps) and len(compact(data)) + len(compact(thin(steps, every))) > LIMIT:
@@ -75,10 +91,13 @@ def read_metrics(path):
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file)
-            for row in reader:
-                row = {name: number(text) for name, text in row.items()}
-                rows.append({name: value if value == "" or math.isfinite(value) else "" for name, value in row.items()})
-                rows[-1]["step"] + 0
+            for cells in reader:
+                row = {}
+                for name, text in cells.items():
+                    value = number(text)
+                    row[name] = value if value == "" or math.isfinite(value) else ""
+                row["step"] + 0
+                rows.append(row)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
     # A cell that is no number, a row with too few cells or too many, no column named step, bytes that are not UTF-8.
@@ -95,14 +114,23 @@ def read_samples(path):
     samples = read_jsonl(path, ["prompt", "completion"])
     for line, row in enumerate(samples, start=1):
         row.setdefault("tokens", [row["completion"]])
-        lists = [row[name] for name in ("advantages", "values") if name in row]
-        numbers = [row.get("reward"), row.get("advantage"), *(x for one in lists if isinstance(one, list) for x in one)]
-        require(type(row.get("step")) is int and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers)
-                and isinstance(row["tokens"], list) and all(isinstance(token, str) for token in row["tokens"])
-                and all(isinstance(one, list) and len(one) == len(row["tokens"]) for one in lists),
-                f"{path}, line {line}: not a sample (numbers step, reward, advantage; the list tokens; and where there "
-                "are lists advantages and values, a number for each token)")
+        require(is_sample(row), f"{path}, line {line}: not a sample (numbers step, reward, advantage; the list tokens; "
+                "and where there are lists advantages and values, a number for each token)")
     return samples
+
+
+def is_sample(row):
+    """Whether page.html can draw a row of samples.jsonl."""
+    tokens, numbers = row["tokens"], [row.get("reward"), row.get("advantage")]
+    if type(row.get("step")) is not int or not isinstance(tokens, list):
+        return False
+    for name in "advantages", "values":
+        if name in row:
+            if not isinstance(row[name], list) or len(row[name]) != len(tokens):
+                return False
+            numbers += row[name]
+    return (all(isinstance(token, str) for token in tokens)
+            and all(type(x) in (int, float) and abs(x) < 1e300 for x in numbers))
 
 
 # --- what is drawn ------------------------------------------------------------------------------------------------
@@ -111,29 +139,31 @@ def panels(rows, is_rl):
     """[{label, main, lines: {column: numbers, null where not measured}}]: the panels of curves.png first."""
     listed = [name for names, _ in PANELS for name in names]
     others = [name for name in rows[0] if name not in [*listed, *ASIDE] and not name.startswith("seconds_")]
-    found = []
+    panels = []
     for names, label in [*PANELS, *(([name], name.replace("_", " ")) for name in others)]:
-        lines = {name: [shorten(row.get(name, "")) for row in rows] for name in names
-                 if any(row.get(name, "") != "" for row in rows)}
+        lines = {}
+        for name in names:
+            values = [row.get(name, "") for row in rows]
+            if any(value != "" for value in values):
+                lines[name] = [None if value == "" else float(f"{value:.4g}") for value in values]
         if lines:
             label = label if len(lines) == len(names) else " and ".join(lines)
-            found.append(dict(label=label, main=not is_rl or names[0] in listed, lines=lines))
-    return found
-
-
-def shorten(value):
-    return None if value == "" else float(f"{value:.4g}")
+            panels.append(dict(label=label, main=not is_rl or names[0] in listed, lines=lines))
+    return panels
 
 
 def scales(samples):
-    """What the strongest colours stand for, the same in every step: the largest advantage but for 2%, and the lowest
-    and highest value but for 1% each."""
-    advantages = sorted(abs(x) for row in samples for x in row.get("advantages", [row["advantage"]]))
-    values = sorted(x for row in samples for x in row.get("values", []))
+    """What the strongest colours stand for in every step: the largest advantage but for 2%, and the lowest and highest
+    value but for 1% each."""
+    advantages, values = [], []
+    for row in samples:
+        advantages += [abs(x) for x in row.get("advantages", [row["advantage"]])]
+        values += row.get("values", [])
+    return dict(advantage=quantile(advantages, 0.98), low=quantile(values, 0.01), high=quantile(values, 0.99))
 
-    def at(numbers, share):
-        return numbers[round(share * (len(numbers) - 1))] if numbers else 0
-    return dict(advantage=at(advantages, 0.98), low=at(values, 0.01), high=at(values, 0.99))
+
+def quantile(numbers, share):
+    return sorted(numbers)[round(share * (len(numbers) - 1))] if numbers else 0
 
 
 def grouped(samples, group_size):
@@ -145,3 +175,20 @@ def grouped(samples, group_size):
             groups.append(dict(prompt=row["prompt"], completions=[]))
         groups[-1]["completions"].append({name: value for name, value in row.items() if name not in ("step", "prompt")})
     return [dict(step=step, groups=groups) for step, groups in steps.items()]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    folders = [argument for argument in argv[:1] if not argument.startswith("-")]
+    config = parse(PageConfig, argv[len(folders):])
+    require(folders, "name the folder of a run first: python -m grpo_min.lab.page runs/NAME")
+    path = config.out or Path(folders[0]) / "report.html"
+    content = run_page(folders[0]).encode()
+    save_file(path, content)
+    print(f"wrote {path} ({len(content) / 1e6:.1f} MB): open it in a browser")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,4 +1,4 @@
-"""You are the annotator: python -m grpo_min.label shows two sampled answers at a time, and you say which is better.
+"""You are the annotator: python -m grpo_min.lab.label shows two sampled answers at a time; you say which is better.
 
 A choice is on the disk before the next pair appears: a row {"prompt", "chosen", "rejected"} of a file that grows from
 sitting to sitting, and that `python -m grpo_min.reward_model --preferences FILE` learns from.
@@ -15,12 +15,14 @@ from pathlib import Path
 
 import torch
 
-from grpo_min.config import option, parse, pick_device, require, require_positive, run_command
-from grpo_min.metrics import agreement
+from grpo_min.evaluate import agreement
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, sample
-from grpo_min.runs import DATA, generator, load_model, make_folder, read_jsonl, save_file
-from grpo_min.tokenizer import encode_completion
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.run.data import read_jsonl
+from grpo_min.run.files import DATA, make_folder, save_file
+from grpo_min.run.rng import generator
 
 FIELDS = ["prompt", "chosen", "rejected"]
 
@@ -63,21 +65,31 @@ def on_screen(text):
     return "".join(c if c.isprintable() else "?" for c in " ".join(text.split())) or "(nothing)"
 
 
-def sample_pairs(policy, prompts, count, known, config, rng):
+def as_shown(prompt, *answers):
+    """What tells one pair from another: the prompt, and its answers as the reader sees them, in either order."""
+    return prompt, frozenset(map(on_screen, answers))
+
+
+def sample_pairs(policy, prompts, count, choices, config, rng):
     """Up to `count` pairs (prompt, answer, answer), two samples that differ on the screen; no pair twice, and none of
-    the rows `known`. Answers cut by the length limit are left out: the reward model would read END after them."""
-    pairs, seen = [], {(row["prompt"], frozenset(on_screen(row[side]) for side in FIELDS[1:])) for row in known}
+    the rows `choices`. Answers cut by the length limit are left out: the reward model would read END after them."""
+    pairs, seen = [], {as_shown(row["prompt"], row["chosen"], row["rejected"]) for row in choices}
     order = itertools.cycle(torch.randperm(len(prompts), generator=rng).tolist())
-    for _ in range(2 * count + 10):                          # an end, where the model always says the same
-        batch = Prompts.from_texts([prompts[i] for i in itertools.islice(order, 32)], next(policy.parameters()).device)
+    tokenizer, device = policy.tokenizer, next(policy.parameters()).device
+    for _ in range(2 * count + 10):                          # an end, where the model always says one thing
+        texts = [prompts[i] for i in itertools.islice(order, 32)]
+        batch = Prompts.from_texts(texts, tokenizer, device)
         rollout = sample(policy, batch, 2, config.max_new_tokens, config.temperature, rng)
-        # What is no UTF-8 may be longer when it is read again, and not fit into the context.
-        answers = [text if ended and len(encode_completion(text)) <= config.max_new_tokens else None
-                   for text, ended in zip(rollout.texts(), rollout.finished.tolist())]
-        for prompt, a, b in zip(batch.texts, answers[::2], answers[1::2]):
-            key = prompt, frozenset(on_screen(answer) for answer in (a, b) if answer is not None)
-            if len(key[1]) == 2 and key not in seen and len(pairs) < count:
-                seen.add(key)
+        answers = []
+        for answer, ended in zip(rollout.texts(tokenizer), rollout.finished.tolist()):
+            # What is no UTF-8 may be longer when it is read again, and not fit into the context.
+            fits = len(tokenizer.encode_completion(answer)) <= config.max_new_tokens
+            answers.append(answer if ended and fits else None)
+        for prompt, a, b in zip(texts, answers[::2], answers[1::2]):
+            if a is None or b is None or on_screen(a) == on_screen(b):
+                continue
+            if as_shown(prompt, a, b) not in seen and len(pairs) < count:
+                seen.add(as_shown(prompt, a, b))
                 pairs.append((prompt, a, b))
     return pairs
 
@@ -93,16 +105,16 @@ def schedule(pairs, share, rng):
     """Turns (pair, None), and for a share of the pairs (pair with answers exchanged, its first turn), half the list
     later. The first time needs no shuffling: the answers are independent samples, in the order of their drawing."""
     half, turns = len(pairs) // 2, []
-    again = torch.randperm(half, generator=rng)[:round(share * len(pairs))].tolist()
+    repeated = torch.randperm(half, generator=rng)[:round(share * len(pairs))].tolist()
     for k, pair in enumerate(pairs):
         turns.append((pair, None))
-        if k - half in again:
+        if k - half in repeated:
             prompt, a, b = pairs[k - half]
             turns.append(((prompt, b, a), k - half))         # before the first repeat, pair k is turn k
     return turns
 
 
-def ask():
+def read_key():
     """One of 1, 2, s, u and q, asked for until it comes; Ctrl-C and the end of the input are a q."""
     while True:
         try:
@@ -112,26 +124,26 @@ def ask():
             return "q"
         except UnicodeDecodeError:
             key = ""
-        if key in "1 2 s skip u undo q quit".split():
+        if key in "1 2 skip s undo u quit q".split():
             return key[0]
         print("  please type 1, 2, s, u or q, then Enter")
 
 
 def sit(path, turns):
     """Show the turns, write each choice at once -> {turn: (chosen answer, line written, empty for a repeat)}."""
-    made, n = {}, 0
+    choices, n = {}, 0
     while n < len(turns):
-        (prompt, *answers), first = turns[n]
-        if first is not None and first not in made:          # skipped the first time
+        (prompt, *answers), first_turn = turns[n]
+        if first_turn is not None and first_turn not in choices:          # skipped the first time
             n += 1
             continue
-        print(f"\n[{n + 1} of {len(turns)}, choices so far: {len(made)}]  {on_screen(prompt)}\n"
+        print(f"\n[{n + 1} of {len(turns)}, choices so far: {len(choices)}]  {on_screen(prompt)}\n"
               f"  1: {on_screen(answers[0])}\n  2: {on_screen(answers[1])}")
-        key = ask()
+        key = read_key()
         if key == "q":
             break
-        if key == "u" and made:
-            n, (_, line) = made.popitem()                    # the last one made
+        if key == "u" and choices:
+            n, (_, line) = choices.popitem()                 # the last one made
             content = path.read_bytes()
             require(content.endswith(line), f"cannot undo: {path} has been changed meanwhile")
             save_file(path, content[:len(content) - len(line)])
@@ -140,13 +152,13 @@ def sit(path, turns):
         elif key in "12":
             chosen, rejected = answers if key == "1" else answers[::-1]
             line = json.dumps(dict(prompt=prompt, chosen=chosen, rejected=rejected)).encode() + b"\n"
-            made[n] = chosen, line if first is None else b""
+            choices[n] = chosen, line if first_turn is None else b""
             with open(path, "ab") as file:
-                file.write(made[n][1])
+                file.write(choices[n][1])
                 file.flush()
                 os.fsync(file.fileno())
         n += key in "12s"
-    return made
+    return choices
 
 
 def main(argv=None):
@@ -154,23 +166,24 @@ def main(argv=None):
     require_positive(config, "pairs", "pool", "temperature", "max_new_tokens")
     require(0 <= config.repeat <= 0.5, f"--repeat must be from 0 to 0.5, not {config.repeat}")
     device, path, unsure = pick_device(config.device), Path(config.preferences), config.pick == "unsure"
-    policy = load_model(config.checkpoint, "GPT", device)
-    reward = learned(load_model(config.reward_model, "ScalarGPT", device)) if unsure else None
+    policy = load_model(config.checkpoint, device)
+    reward = learned(load_model(config.reward_model, device, "ScalarGPT")) if unsure else None
     prompts = [row["prompt"] for row in read_jsonl(config.prompts, ["prompt"])]
-    known = read_choices(path)
-    rng = generator(config.seed, len(known))                 # other pairs in another sitting
-    pairs = sample_pairs(policy, prompts, config.pairs * (config.pool if unsure else 1), known, config, rng)
+    earlier = read_choices(path)
+    rng = generator(config.seed, len(earlier))               # other pairs in another sitting
+    pairs = sample_pairs(policy, prompts, config.pairs * (config.pool if unsure else 1), earlier, config, rng)
     require(pairs, f"{config.checkpoint} gives no two different answers that end by themselves: try another "
             "--temperature or more --max-new-tokens")
     turns = schedule(least_sure(reward, pairs, config.pairs) if unsure else pairs, config.repeat, rng)
     make_folder(path.parent)
     open(path, "ab").close()                                 # what cannot be written should show before a choice
-    print(f"{path} holds {len(known)} choices. Each one that you make is added at once.")
-    made = sit(path, turns)
-    same = [made[n][0] == made[first][0] for n, (_, first) in enumerate(turns) if first is not None and n in made]
-    print(f"\nChoices in this sitting: {len(made)}, of which repeats: {len(same)}. {path} holds "
-          f"{len(known) + len(made) - len(same)}.")
-    print(f"Shown a pair again, you chose the same answer in {agreement(same)}." if same else
+    print(f"{path} holds {len(earlier)} choices. Each one that you make is added at once.")
+    choices = sit(path, turns)
+    agreed = [choices[n][0] == choices[first][0] for n, (_, first) in enumerate(turns)
+              if first is not None and n in choices]
+    print(f"\nChoices in this sitting: {len(choices)}, of which repeats: {len(agreed)}. {path} holds "
+          f"{len(earlier) + len(choices) - len(agreed)}.")
+    print(f"Shown a pair again, you chose the same answer in {agreement(agreed)}." if agreed else
           "No pair was chosen from twice: nothing is known about how far you agree with yourself.")
     print(f"To learn from them: python -m grpo_min.reward_model --preferences {shlex.quote(str(path))} --holdout 0.2")
 

@@ -1,0 +1,156 @@
+"""GRPO and PPO on equal terms: python -m grpo_min.lab.compare --seeds 3
+
+Both start from the same SFT weights, see the same prompts in the same order and sample the same number of
+completions with the same random numbers; KL penalty, clipping and aggregation are the same. PPO runs a second time
+with one completion for each of 256 prompts, its natural setting. Every run is evaluated on held-out prompts. Runs go
+beside each other, one on each core; what was run before with the same settings is used again.
+
+Written into the folder for each reward: comparison-REWARD.json (every figure), .csv (the curves), .md (the tables) and
+.png; for arithmetic also learning.png.
+"""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from grpo_min import grpo, ppo
+from grpo_min.evaluate import evaluate, held_out
+from grpo_min.gold import MAXIMUM
+from grpo_min.lab.processes import beside_each_other, train_or_reuse
+from grpo_min.lab.report import PHASES, plot_learning, state_bytes, tables, write_comparison
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.run.files import DATA, fingerprint, make_folder, save_file
+
+ALGORITHMS = {      # name: (train, its config, the settings that differ)
+    "GRPO": (grpo.train, grpo.GRPOConfig, {}),
+    "PPO": (ppo.train, ppo.PPOConfig, {}),
+    "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
+}
+SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
+PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
+    "correct": {}, "learned": dict(steps=150, lr=6e-4, beta=0.1),
+}
+
+
+@dataclass
+class CompareConfig:
+    """Train GRPO and PPO from the same weights on the same prompts, over several seeds, and evaluate them."""
+    run: str = option("runs/compare", "folder to write into; runs already in it are used again")
+    rewards: str = option("correct,learned", "what is rewarded, separated by commas: correct (arithmetic) or learned "
+                          "(animals)")
+    algorithms: str = option("GRPO,PPO,PPO 256x1", "which to run, separated by commas")
+    seeds: int = option(1, "seeds of the RL stage: 1 to this number")
+    steps: int = option(0, "batches per run; 0: the default of each algorithm")
+    sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
+    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
+    data: str = option(str(DATA), "folder of the prompts, to train on and to evaluate on")
+    max_new_tokens: int = option(40, "longest completion, in tokens")
+    lr_factor: float = option(1.0, "all learning rates are multiplied by this: larger models want smaller ones")
+    eval_prompts: int = option(1000, "held-out prompts per evaluation")
+    device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
+
+
+def compare(config):
+    """Train and evaluate every algorithm, reward and seed -> the records, one dict per run, written as JSON too."""
+    with beside_each_other(pick_device(config.device)) as begin:
+        return finish(config, start(config, begin))
+
+
+def start(config, begin):
+    """Begin all the runs -> {reward: the futures of their records, the SFT model's first}."""
+    algorithms = [name.strip() for name in config.algorithms.split(",")]
+    rewards = [name.strip() for name in config.rewards.split(",")]
+    require(set(algorithms) <= set(ALGORITHMS), f"--algorithms: choose from {', '.join(ALGORITHMS)}")
+    require(set(rewards) <= set(SETS), f"--rewards: choose from {', '.join(SETS)}")
+    require_positive(config, "seeds", "eval_prompts", "max_new_tokens", "lr_factor")
+    require(config.steps >= 0, f"--steps must be at least 0, not {config.steps}")
+    load_model(config.sft)                                          # mistakes should not show after hours only
+    if "learned" in rewards:
+        load_model(config.reward_model, kind="ScalarGPT")
+    make_folder(Path(config.run))
+    futures = {}
+    for reward in rewards:
+        runs = [(name, seed) for seed in range(1, config.seeds + 1) for name in algorithms]
+        # Backwards, and the short SFT one last, so that no core is idle for long at the end.
+        last_first = [begin(one_run, config, name, reward, seed) for name, seed in reversed(runs)]
+        last_first.append(begin(sft_record, config, reward))
+        futures[reward] = last_first[::-1]
+    return futures
+
+
+def finish(config, futures):
+    """Wait for the records of all runs, and write those of each reward."""
+    all_records, folder = [], Path(config.run)
+    for reward, waiting in futures.items():
+        records = [future.result() for future in waiting]
+        if reward == "learned":
+            sft_gold, *golds = [record["figures"]["animals_test"]["gold"][0] for record in records]
+            for record, gold in zip(records[1:], golds):
+                record["figures"]["animals_test"]["progress"] = [(gold - sft_gold) / (MAXIMUM - sft_gold)]
+        write_comparison(records, folder / f"comparison-{reward}")
+        if reward == "correct":
+            plot_learning(folder / "comparison-correct.csv", folder / "learning.png")
+        all_records += records
+    return all_records
+
+
+def sft_record(config, reward):
+    sft = load_model(config.sft, pick_device(config.device))
+    figures = evaluate_or_reuse(Path(config.run) / f"sft-{reward}.json", config, sft, sft, reward)
+    return dict(algorithm="SFT", reward=reward, seed=0, figures=figures)
+
+
+def one_run(config, algorithm, reward, seed):
+    """Train one algorithm with one seed and evaluate it -> its record."""
+    train, config_class, differences = ALGORITHMS[algorithm]
+    run = Path(config.run) / f"{algorithm.lower().replace(' ', '-')}-{reward}-{seed}"
+    domain, _ = SETS[reward][0]
+    settings = dict(run=str(run), sft=config.sft, reward_model=config.reward_model, reward=reward, seed=seed,
+                    device=config.device, max_new_tokens=config.max_new_tokens,
+                    prompts=str(Path(config.data) / f"{domain}_train.jsonl"), **PER_REWARD[reward], **differences)
+    if config.steps:
+        settings["steps"] = config.steps
+    settings = config_class(**settings)
+    settings.lr *= config.lr_factor
+    if config_class is ppo.PPOConfig:
+        settings.critic_lr *= config.lr_factor
+    policy, rows = train_or_reuse(train, settings)
+    sft = load_model(config.sft, pick_device(config.device))
+    figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
+    seconds = {}
+    for phase in PHASES:
+        seconds[phase] = float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
+    return dict(algorithm=algorithm, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
+                completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
+                state_bytes=state_bytes(policy, settings))
+
+
+def evaluate_or_reuse(path, config, policy, opponent, reward):
+    """Held-out figures of a policy {set: {figure: [mean, low, high]}}, kept in a file beside its checkpoint."""
+    settings = dict(prompts=config.eval_prompts, sft=fingerprint(config.sft), data=config.data,
+                    max_new_tokens=config.max_new_tokens)
+    if path.exists():
+        kept = json.loads(path.read_text())
+        if kept["settings"] == settings:
+            return kept["figures"]
+    sets = ", ".join(f"{domain} ({split})" for domain, split in SETS[reward])
+    print(f"{path.parent.name}: evaluating on {config.eval_prompts} held-out prompts of {sets} ...", flush=True)
+    figures = {}
+    for domain, split in SETS[reward]:
+        rows = held_out(domain, split, config.eval_prompts, config.data)
+        figures[f"{domain}_{split}"] = evaluate(policy, domain, rows, opponent, max_new_tokens=config.max_new_tokens)
+    save_file(path, json.dumps(dict(settings=settings, figures=figures), indent=1).encode())
+    return figures
+
+
+def main(argv=None):
+    config = parse(CompareConfig, argv)
+    records = compare(config)
+    print("\n" + tables(records))
+    print(f"figures: {', '.join(str(path) for path in sorted(Path(config.run).glob('*.png')))}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,61 @@
+"""Checkpoints: the weights of a model, and what is needed to build it again."""
+import dataclasses
+import io
+
+import torch
+
+from grpo_min.model import GPT, GPTConfig, ScalarGPT
+from grpo_min.run.config import UserError, require
+from grpo_min.run.files import one_line
+from grpo_min.tokenizer import Tokenizer
+
+
+def serialise(**content):
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()
+
+
+def weights(model):
+    """A model as plain data: {kind, config, tokenizer, model}."""
+    return dict(kind=type(model).__name__, config=dataclasses.asdict(model.config),
+                tokenizer=model.tokenizer.to_dict(), model=model.state_dict())
+
+
+def load_checkpoint(path):
+    try:
+        with one_line(f"read the checkpoint {path}"):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
+    except Exception:  # torch.load fails in many ways
+        raise UserError(f"{path} is no checkpoint, is damaged, or holds code (never run)")
+    require(isinstance(checkpoint, dict) and "kind" in checkpoint,
+            f"{path} is not a checkpoint of grpo_min")
+    return checkpoint
+
+
+def load_model(path, device="cpu", kind="GPT", tokenizer=None):
+    """The GPT or ScalarGPT (its kind) of a checkpoint; UserError for another tokenizer."""
+    checkpoint = load_checkpoint(path)
+    require(checkpoint["kind"] == kind,
+            f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
+    try:
+        config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        own = Tokenizer.from_dict(checkpoint["tokenizer"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise UserError(f"{path} is not a checkpoint of this version of grpo_min")
+    require(config.vocab_size >= own.vocab_size, f"{path} has a vocabulary of "
+            f"{config.vocab_size}, its tokenizer one of {own.vocab_size}")
+    require(tokenizer is None or tokenizer.to_dict() == own.to_dict(),
+            f"{path} has another tokenizer")
+    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](config, own)
+    load_weights(model, state, path)
+    return model.to(device)
+
+
+def load_weights(model, state, path):
+    try:
+        model.load_state_dict(state)
+    except RuntimeError:
+        raise UserError(f"{path}: the weights are of another shape than {model.config}")

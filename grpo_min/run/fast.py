@@ -1,0 +1,187 @@
+"""What is here for speed alone. Each piece has a plain twin that gives the same numbers.
+
+| here | its twin | what it saves |
+|---|---|---|
+| run | GPT.run | work on padding: only the attention sees any of it |
+| sample | the loop of rollout.sample | copies of the cache, and rows that have finished |
+| GraphDecoder | the same loop, on CUDA | the time Python takes to launch kernels |
+
+The twins are compared in tests/test_fast.py. Shapes as in model.py; n real tokens of B * T.
+"""
+import functools
+
+import torch
+import torch.nn.functional as F
+
+from grpo_min.model import autocast
+
+CHUNK = 8  # tokens between two looks whether all rows have finished: the CPU waits for each
+
+
+# --- training: nothing is computed on padding ---------------------------------------------
+
+def pack(x, mask):
+    """The rows of x (B, T, D) where mask (B, T) is True, one after the other: (n, D)."""
+    return x.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1))
+
+
+def unpack(x, mask):
+    """The reverse, with zeros where the mask is False: x (n, D) -> (B, T, D)."""
+    zeros = x.new_zeros(mask.numel(), x.shape[-1])
+    rows = mask.flatten().nonzero().squeeze(1)
+    return zeros.index_copy(0, rows, x).view(*mask.shape, x.shape[-1])
+
+
+def run(gpt, mask, ids, positions, past, visible):
+    """GPT.run on the real tokens of ids (B, T) alone, those where the mask is True."""
+    x = pack(gpt.tokens(ids) + gpt.positions(positions), mask)  # (n, D)
+    present = []
+    with autocast(x.device):
+        for layer, block in enumerate(gpt.blocks):
+            attention = block.attention
+            qkv = unpack(attention.qkv(block.norm1(x)), mask)  # (B, T, 3 D)
+            y, keys_values = attention.attend(qkv, past and past[layer], visible)
+            x = x + attention.out(pack(y, mask))
+            x = x + block.mlp(block.norm2(x))
+            present.append(keys_values)
+    return unpack(gpt.norm(x), mask), present
+
+
+# --- sampling: a cache with room for all tokens, and only rows that go on -----------------
+
+def step(gpt, token, position, caches, visible, column):
+    """token, position (R,) -> states (R, D), with keys and values in this cache column."""
+    x = gpt.tokens(token) + gpt.positions(position)  # (R, D)
+    visible = visible[:, None, None, :column + 1]  # (R, 1, 1, S)
+    with autocast(x.device):
+        for block, (keys, values) in zip(gpt.blocks, caches):
+            attention = block.attention
+            qkv = attention.qkv(block.norm1(x)).view(len(x), 3, attention.heads, -1)
+            q, keys[:, :, column], values[:, :, column] = qkv.unbind(1)  # (R, H, E) each
+            y = F.scaled_dot_product_attention(q[:, :, None], keys[:, :, :column + 1],
+                                               values[:, :, :column + 1], visible)
+            x = x + attention.out(y.flatten(1))
+            x = x + block.mlp(block.norm2(x))
+    return gpt.norm(x)
+
+
+@torch.no_grad()
+def sample(policy, prompts, uniforms, temperature, choose):
+    """The loop of rollout.sample: uniforms (B, N) -> ids, mask, logprobs, finished."""
+    (B, N), (Q, P) = uniforms.shape, prompts.ids.shape
+    if uniforms.device.type == "cuda":
+        settings = Q, B // Q, N, temperature, choose
+        return graph_decoder(policy, *settings).sample(prompts, uniforms)
+    pad, end = policy.tokenizer.pad, policy.tokenizer.end
+    completion_ids = torch.full((B, N), pad, device=uniforms.device)
+    mask = torch.zeros_like(uniforms, dtype=torch.bool)
+    logprobs = torch.zeros_like(uniforms)
+    finished = mask[:, 0].clone()
+    state, past, seen = policy.read(prompts, B // Q)  # (B, D), .., (B, 1, P)
+    room = 0, 0, 0, N
+    caches = [(F.pad(keys, room), F.pad(values, room)) for keys, values in past]
+    visible = F.pad(seen[:, 0], (0, N), value=True)  # (B, P + N)
+    position = prompts.length.repeat_interleave(B // Q)  # (B,)
+    rows = torch.arange(B, device=uniforms.device)  # (R,) those being decoded
+    for t in range(N):
+        going = ~finished[rows]  # (R,)
+        token, logprob = choose(policy, state, temperature, uniforms[rows, t])  # (R,) each
+        completion_ids[rows, t] = token.where(going, pad)
+        mask[rows, t] = going
+        logprobs[rows, t] = logprob * going
+        finished[rows] = ~going | (token == end)
+        left = (~finished[rows]).nonzero().squeeze(1)
+        if t + 1 == N or len(left) == 0:
+            break
+        if len(left) < 0.8 * len(rows):  # each time costs a copy of the caches
+            rows, position = rows[left], position[left]
+            token, visible = token[left], visible[left]
+            caches = [(keys[left], values[left]) for keys, values in caches]
+        state = step(policy, token, position + t, caches, visible, P + t)  # (R, D)
+    return completion_ids[:, :t + 1], mask[:, :t + 1], logprobs[:, :t + 1], finished
+
+
+class GraphDecoder:
+    """The loop of sample() as CUDA graphs: Python alone launches kernels too slowly.
+
+    What graphs use keeps its place and size: prompts are padded fully, finished rows stay.
+    """
+
+    @torch.no_grad()
+    def __init__(self, policy, Q, group_size, N, temperature, choose):
+        config, device = policy.config, policy.tokens.weight.device
+        B, P = Q * group_size, config.context - N
+        self.policy, self.choose, self.temperature = policy, choose, temperature
+        self.group_size, self.N, self.P = group_size, N, P
+        self.position = torch.ones(B, dtype=torch.long, device=device)
+        self.uniforms = torch.zeros(B, N, device=device)
+        self.completion_ids = torch.full((B, N), policy.tokenizer.pad, device=device)
+        self.mask = torch.zeros(B, N, dtype=torch.bool, device=device)
+        self.logprobs = torch.zeros(B, N, device=device)
+        self.finished = torch.zeros(B, dtype=torch.bool, device=device)
+        self.state = torch.zeros(B, config.width, device=device)
+        self.visible = torch.ones(B, P + N, dtype=torch.bool, device=device)
+        with autocast(device):
+            kind = policy.blocks[0].attention.qkv(self.state[:1]).dtype
+        shape = B, config.heads, P + N, config.width // config.heads
+        empty = torch.zeros(shape, dtype=kind, device=device)
+        self.caches = [(empty.clone(), empty.clone()) for _ in policy.blocks]
+        self.chunks = [functools.partial(self.steps, t, min(t + CHUNK, N))
+                       for t in range(0, N, CHUNK)]
+        if device.type == "cuda":
+            self.chunks = [recorded(chunk) for chunk in self.chunks]
+
+    def steps(self, start, stop):
+        """Tokens start to stop - 1 of every row."""
+        for t in range(start, stop):
+            going = ~self.finished  # (B,)
+            token, logprob = self.choose(self.policy, self.state, self.temperature,
+                                         self.uniforms[:, t])  # (B,) each
+            self.completion_ids[:, t] = token.where(going, self.policy.tokenizer.pad)
+            self.mask[:, t] = going
+            self.logprobs[:, t] = logprob * going
+            self.finished |= token == self.policy.tokenizer.end
+            if t + 1 < self.N:
+                self.state.copy_(step(self.policy, token, self.position + t, self.caches,
+                                      self.visible, self.P + t))  # (B, D)
+
+    @torch.no_grad()
+    def sample(self, prompts, uniforms):
+        """prompts (Q rows), uniforms (B, N) -> completion_ids, mask, logprobs, finished."""
+        P = prompts.ids.shape[1]
+        state, past, seen = self.policy.read(prompts, self.group_size)
+        self.visible[:, :self.P] = F.pad(seen[:, 0], (0, self.P - P))
+        for (keys, values), (new_keys, new_values) in zip(self.caches, past):
+            keys[:, :, :P], values[:, :, :P] = new_keys, new_values
+        self.state.copy_(state)
+        self.position.copy_(prompts.length.repeat_interleave(self.group_size))  # (B,)
+        self.uniforms.copy_(uniforms)
+        self.completion_ids.fill_(self.policy.tokenizer.pad)
+        for tensor in self.mask, self.logprobs, self.finished:
+            tensor.zero_()
+        for chunk in self.chunks:
+            chunk()
+            if bool(self.finished.all()):
+                break
+        used = int(self.mask.any(0).sum())
+        parts = self.completion_ids, self.mask, self.logprobs
+        return *(part[:, :used].clone() for part in parts), self.finished.clone()
+
+
+@functools.lru_cache(maxsize=4)
+def graph_decoder(*settings):
+    """A GraphDecoder. Recording takes longer than a batch, so that four are kept."""
+    return GraphDecoder(*settings)
+
+
+def recorded(work):
+    """Record what work() asks of the GPU -> a function that repeats it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        work()  # once for real: libraries set themselves up at the first call
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        work()
+    return graph.replay

@@ -1,0 +1,24 @@
+"""The loop of the supervised stages."""
+import math
+
+from grpo_min.run.log import Run
+from grpo_min.run.optim import optimizer_for, update
+
+
+def fit(config, model, inputs, loss_at, weight_decay=0.0):
+    """Train on loss_at(step) with AdamW, linear warm-up, cosine decay -> rows of metrics.
+
+    loss_at returns a loss and a dict of metrics. config: run, resume, steps, lr, warmup.
+    """
+    optimizer = optimizer_for(model, config.lr, weight_decay)
+    with Run(config, inputs, dict(model=model, optimizer=optimizer)) as run:
+        for step in range(run.first_step, config.steps):
+            decay = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
+            lr = config.lr * min((step + 1) / config.warmup, decay)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            loss, metrics = loss_at(step)
+            norm = update(run, model, optimizer, loss)
+            row = dict(loss=loss.item(), **metrics, lr=lr, grad_norm=norm)
+            run.step_done(step, row, f"loss {loss.item():.3f}")
+        return run.rows

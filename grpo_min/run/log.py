@@ -1,0 +1,157 @@
+"""A run: its folder, its checkpoints, its log line.
+
+runs/NAME/ holds config.json, metrics.csv (a row per step), samples.jsonl, checkpoint.pt
+and, from RL, curves.png. Resumed, it continues bit for bit (on a CPU, as many threads).
+"""
+import csv
+import dataclasses
+import json
+import multiprocessing
+import shlex
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from grpo_min.run.checkpoint import serialise, weights
+from grpo_min.run.config import UserError
+from grpo_min.run.files import fingerprint, make_folder, move_aside, save_file
+from grpo_min.run.ranks import RANK, RANKS
+from grpo_min.run.table import column_names, write_csv
+
+SAVE_EVERY = 10      # seconds between checkpoints
+
+
+class Run:
+    """The folder of one run, and its progress on the screen. A context manager, for Ctrl-C.
+
+    config has run (the folder; "" writes nothing), resume and steps. inputs: the files it
+    starts from. parts: {name: model or optimizer} to be saved, the model in question first.
+    """
+
+    def __init__(self, config, inputs, parts):
+        self.config, self.parts, self.rows, self.warned = config, parts, [], set()
+        self.pending, self.stopped = None, False
+        self.folder = Path(config.run) if config.run else None
+        # A process that another one has started shares its screen: lines have names, stay.
+        self.shares_screen = multiprocessing.parent_process() is not None
+        self.name = f"{self.folder.name}: " if self.shares_screen and self.folder else ""
+        self.settings = dataclasses.asdict(config)
+        del self.settings["run"], self.settings["resume"]
+        inputs = [f"{Path(path).name} {fingerprint(path)}" for path in inputs]
+        self.settings.update(inputs=inputs, threads=torch.get_num_threads(), ranks=RANKS)
+
+    def __enter__(self):
+        self.first_step = 0
+        if self.folder and (self.folder / "config.json").exists():
+            if self.config.resume:
+                from grpo_min.run.resume import restore
+                restore(self)
+            elif RANK == 0:
+                move_aside(self.folder)
+        self.folder = self.folder if RANK == 0 else None          # the others write nothing
+        if self.folder:
+            make_folder(self.folder)
+            if self.first_step == 0:
+                for name in "metrics.csv", "samples.jsonl":
+                    (self.folder / name).write_text("")
+                self.save(self.checkpoint(0))
+            # Last, since it makes this a run: one killed before has nothing to resume.
+            settings = json.dumps(self.settings, indent=1).encode()
+            save_file(self.folder / "config.json", settings)
+        self.started = self.shown = self.saved = time.perf_counter()
+        self.usage = [0.0, 0.0, 0]
+        try:
+            self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
+        except ValueError:                  # not in the main thread: Ctrl-C stays as it is
+            self.old_handler = None
+        return self
+
+    def __exit__(self, *_):
+        if self.old_handler is not None:
+            signal.signal(signal.SIGINT, self.old_handler)
+
+    def interrupt(self, *_):
+        """First Ctrl-C: stop after this step. Second: at once."""
+        self.stopped = True
+        signal.signal(signal.SIGINT, self.old_handler)
+        print("\nstopping after this step (Ctrl-C again: at once) ...", file=sys.stderr)
+
+    def checkpoint(self, step):
+        """The bytes of a checkpoint of the state after so many steps."""
+        (_, model), *others = self.parts.items()
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            self.fail("the weights are no longer finite")
+        states = {name: part.state_dict() for name, part in others}
+        return serialise(step=step, **weights(model), **states)
+
+    def save(self, content):
+        save_file(self.folder / "checkpoint.pt", content)
+
+    def step_done(self, step, row, line, samples=()):
+        """Record a step: row {metric: number}, a line to show, dicts for samples.jsonl.
+
+        A checkpoint of step k is written when step k + 1 has had a finite loss: it is good.
+        """
+        row = dict(step=step, **row)
+        self.rows.append(row)
+        done, stopped = step + 1, self.stopped              # Ctrl-C may come at any line
+        last = done == self.config.steps
+        if self.folder:
+            self.write_row(row, samples)
+            if self.pending:
+                self.save(self.pending)
+                self.pending = None
+            if last or stopped:
+                self.save(self.checkpoint(done))
+            elif time.perf_counter() - self.saved > SAVE_EVERY:
+                self.saved = time.perf_counter()
+                self.pending = self.checkpoint(done)
+        self.show(done, line, last)
+        if torch.get_num_threads() > 1:
+            from grpo_min.run.cores import share_cores
+            share_cores(self)
+        if stopped and not last:
+            if self.folder:
+                print(f"\nsaved after step {done}; go on with: {resume_command()}",
+                      file=sys.stderr)
+            raise UserError("stopped by Ctrl-C", exit_code=130)
+
+    def write_row(self, row, samples):
+        path, names = self.folder / "metrics.csv", column_names(self.rows)
+        if names != column_names(self.rows[:-1]):           # the first row, a new column
+            write_csv(path, self.rows)
+        else:
+            with open(path, "a", newline="") as file:
+                csv.DictWriter(file, names).writerow(row)
+        with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps(dict(step=row["step"], **sample)) + "\n")
+
+    def show(self, done, line, last):
+        """The log line: on a terminal it rewrites itself, else one every five seconds."""
+        now, terminal = time.perf_counter(), sys.stdout.isatty() and not self.shares_screen
+        per_step = (now - self.started) / (done - self.first_step)
+        left = per_step * (self.config.steps - done)
+        if terminal or last or now - self.shown > 5 or done == self.first_step + 1:
+            self.shown = now
+            text = (f"{self.name}step {done}/{self.config.steps} | {line} | "
+                    f"{per_step:.2f} s/step, {left:.0f} s left")
+            print("\r\033[K" + text if terminal else text, flush=True,
+                  end="\n" if last or not terminal else "")
+
+    def fail(self, reason):
+        kept = f"; the last good checkpoint is {self.folder}/checkpoint.pt"
+        advice = "try a smaller learning rate" + (kept if self.folder else "")
+        raise UserError(f"{reason}: {advice}", exit_code=1)
+
+
+def resume_command():
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
+    spec = sys.modules["__main__"].__spec__
+    module = getattr(spec, "name", "grpo_min").removesuffix(".__main__")
+    if module != "grpo_min" and not module.startswith("grpo_min.lab."):  # these resume
+        arguments.append("--resume")
+    return shlex.join(["python", "-m", module, *arguments])

@@ -1,0 +1,24 @@
+"""The optimizer, and one update."""
+import math
+
+import torch
+
+from grpo_min.run.ranks import mean
+
+
+def optimizer_for(model, lr, weight_decay=0.0):
+    return torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99),
+                             weight_decay=weight_decay, fused=True)
+
+
+def update(run, model, optimizer, loss, max_norm=1.0):
+    """Backward, clip the gradient to a norm of max_norm, step -> the norm before."""
+    optimizer.zero_grad()
+    loss.backward()
+    for parameter in model.parameters():
+        mean(parameter.grad)  # over the ranks
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
+    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
+        run.fail(f"the loss is {loss.item()} and the gradient's norm {norm}")
+    optimizer.step()
+    return norm
