@@ -2,7 +2,11 @@
 
 A freshly initialised GPT says nearly the same everywhere, so that an error of one column would not show. These have
 all their parameters drawn with a large standard deviation.
+
+`python -m pytest` without further words uses all cores, as `-n` does; `-n 0` one.
 """
+import csv
+import os
 import sys
 from pathlib import Path
 
@@ -14,7 +18,18 @@ sys.path.insert(0, str(ROOT))      # `pytest` and `python -m pytest` alike find 
 
 from grpo_min.model import GPT, GPTConfig, ScalarGPT  # noqa: E402
 from grpo_min.rollout import Prompts, pad  # noqa: E402
-from grpo_min.tokenizer import ASSISTANT, USER, VOCAB_SIZE  # noqa: E402
+from grpo_min.run import plots  # noqa: E402
+from grpo_min.variants import as_options  # noqa: E402
+from tests.tiny import ASSISTANT, PAD, TOKENIZER, USER, VOCAB_SIZE, one_after_the_other  # noqa: E402
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The whole suite goes to a worker per core, at most 8; a worker, and what it starts, has none of its own."""
+    whole = config.args_source.name != "ARGS" and "PYTEST_XDIST_WORKER" not in os.environ
+    if whole and getattr(config.option, "numprocesses", 0) is None:
+        config.option.numprocesses = min(os.cpu_count(), 8)
+        config.option.dist = "worksteal"
 
 
 def pytest_configure(config):
@@ -54,9 +69,9 @@ def double():
 
 @pytest.fixture
 def watch(monkeypatch):
-    """watch(module, name) -> a list that will hold (arguments, result) of every call."""
-    def watch(module, name):
-        calls, function = [], getattr(module, name)
+    """watch(module, name) -> a list that will hold (arguments, result) of every call; calls: a list to go on with."""
+    def watch(module, name, calls=None):
+        calls, function = [] if calls is None else calls, getattr(module, name)
 
         def watched(*arguments, **keywords):
             calls.append((arguments, function(*arguments, **keywords)))
@@ -64,6 +79,20 @@ def watch(monkeypatch):
         monkeypatch.setattr(module, name, watched)
         return calls
     return watch
+
+
+@pytest.fixture
+def no_curves(monkeypatch):
+    """Runs do not draw curves.png, which takes longer than all their steps -> the function that draws it."""
+    draw = plots.plot_curves
+    monkeypatch.setattr(plots, "plot_curves", lambda rows, path: None)
+    return draw
+
+
+@pytest.fixture
+def curves(no_curves, monkeypatch):
+    """Where no_curves holds for a whole file: here they are drawn after all."""
+    monkeypatch.setattr(plots, "plot_curves", no_curves)
 
 
 @pytest.fixture
@@ -96,10 +125,41 @@ def small(make):
 def small_prompts():
     """Three prompts of different lengths in a vocabulary of 12 ids."""
     rows = [[USER, 6, 7, ASSISTANT], [USER, 8, 9, 10, 11, 6, 6, ASSISTANT], [USER, 11, ASSISTANT]]
-    return Prompts(*pad(rows), ["6 7", "8 9 10 11 6 6", "11"])
+    return Prompts(*pad(rows, PAD), ["6 7", "8 9 10 11 6 6", "11"])
 
 
 @pytest.fixture
 def prompts():
     """Three prompts of different lengths."""
-    return Prompts.from_texts(["what does a cow eat?", "a", "start with 3, times 9."])
+    return Prompts.from_texts(["what does a cow eat?", "a", "start with 3, times 9."], TOKENIZER)
+
+
+@pytest.fixture
+def run_study(tmp_path, monkeypatch, capsys, no_curves):
+    """run_study(name, option=value, ..) -> the rows of its CSV file, those of its curves, the text of its table.
+
+    A smoke test with its runs in tmp_path / "runs", one after the other in this process: starting others takes longer
+    than the runs. again: a second time, when nothing may be trained. file: the name of what it writes, if another.
+    """
+    from grpo_min.lab.studies import __main__ as studies, common
+    monkeypatch.setattr(common, "beside_each_other", one_after_the_other)
+    runs, out = tmp_path / "runs", tmp_path / "out"
+
+    def rows_of(path):
+        return list(csv.DictReader(path.read_text().splitlines())) if path.exists() else []
+
+    def run_study(name, file=None, again=False, **options):
+        words = as_options(dict(device="cpu", run=runs, out=out, **options)).split()
+        studies.main([name, "--quick", *words])
+        file = file or name
+        text = (out / f"{file}.md").read_text(encoding="utf-8")
+        assert text in capsys.readouterr().out + "\n"
+        if name not in ("tuning", "countdown"):
+            assert (out / f"{file}.png").stat().st_size > 5000
+        if again:
+            trained = {path: path.stat().st_mtime_ns for path in runs.glob("**/checkpoint.pt")}
+            studies.main([name, "--quick", *words])
+            assert (out / f"{file}.md").read_text(encoding="utf-8") == text
+            assert {path: path.stat().st_mtime_ns for path in runs.glob("**/checkpoint.pt")} == trained
+        return rows_of(out / f"{file}.csv"), rows_of(out / f"{file}-curves.csv"), text
+    return run_study

@@ -10,8 +10,8 @@ import types
 import torch
 import torch.nn.functional as F
 
-from grpo_min.tokenizer import END, PAD
 from tests.mutants import MUTANTS, mutated
+from tests.tiny import END, PAD
 from tutorials.exercises import check
 
 # exercise: (file in grpo_min, function there, name in the exercise); kl_estimate is asked for its k3
@@ -22,20 +22,20 @@ NAMES = {1: "group_advantages", 2: "completion_mask", 3: "k3", 4: "policy_loss",
 
 # (the wrong line of tests/mutants.py, a word of the message)
 FROM_MUTANTS = [
-    ("groups = rewards.double().cpu().view(group_size, -1).T", "mixed"),
+    ("groups = rewards.cpu().double().view(group_size, -1).T", "mixed"),
     ("baseline = groups.mean(dim=0, keepdim=True)", "dim=0"),
     ("groups = rewards.view(-1, group_size)", "float64"),
     ("if len(rewards) % group_size:", "ValueError"),
     ("log_ratio = logprobs - ref_logprobs", "direction"),
     ("return -log_ratio", "k1"),
-    ("return -surrogate.sum(dim=1).mean()", "mask"),
-    ("return -((surrogate * mask).sum(dim=1) / mask.sum(dim=1)).mean()", "mean over tokens"),
+    ("return -(surrogate - penalty).sum(dim=1).mean()", "mask"),
+    ("return -(((surrogate - penalty) * mask).sum(dim=1) / mask.sum(dim=1)).mean()", "mean over tokens"),
     ("surrogate = torch.max(ratio * advantages, clipped * advantages)", "inverted"),
     ("surrogate = clipped * advantages", "clipped product alone"),
     ("ratio = ((logprobs - old_logprobs) * mask).sum(dim=1, keepdim=True).exp().expand_as(logprobs)", "whole sequence"),
     ("ratio = (old_logprobs - logprobs).exp()", "upside down"),
-    ("return -(surrogate * mask).sum() / mask.sum()", "mean over tokens"),
-    ("return -((surrogate * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()", "mean over tokens"),
+    ("return -((surrogate - penalty) * mask).sum() / mask.sum()", "mean over tokens"),
+    ("return -(((surrogate - penalty) * mask).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()", "mean over tokens"),
     ("rewards = rewards * mask", "whatever stands there"),
     ("delta = rewards[:, t] + gamma * (next_value if t + 1 < rewards.shape[1] else values[:, t]) - values[:, t]",
      "after the last token the value is 0"),
@@ -333,17 +333,17 @@ ANSWERS = [     # (exercise, a word of the message, the wrong answer)
     (1, "changes a tensor", in_place_advantages),
     (1, "median or its smallest", learnt_by_heart),
 
-    (2, "END itself", lambda ids: ends(ids).cumsum(1) == 0),
-    (2, "END itself", lambda ids: ids.ne(END) & ((ends(ids).cumsum(1) - ends(ids)) == 0)),
-    (2, "PAD is a token", lambda ids: ids != PAD),
-    (2, "after the first END", lambda ids: (ends(ids).flip(1).cumsum(1).flip(1) > 0)
-     | ~(ids == END).any(1)[:, None]),
-    (2, "without END", lambda ids: (ends(ids).cumsum(1) - ends(ids) == 0)
-     & (ids == END).any(1)[:, None]),
-    (2, "after the first END", lambda ids: torch.ones_like(ids).bool()),
-    (2, "booleans", lambda ids: (ends(ids).cumsum(1) - ends(ids) == 0).float()),
-    (2, "after the first END", lambda ids: ends(ids).cumsum(1) < 2),
-    (2, "before the first END", lambda ids: (ends(ids).cumsum(1) - ends(ids) == 0)
+    (2, "END itself", lambda ids, end: ends(ids).cumsum(1) == 0),
+    (2, "END itself", lambda ids, end: ids.ne(end) & ((ends(ids).cumsum(1) - ends(ids)) == 0)),
+    (2, "PAD is a token", lambda ids, end: ids != PAD),
+    (2, "after the first END", lambda ids, end: (ends(ids).flip(1).cumsum(1).flip(1) > 0)
+     | ~(ids == end).any(1)[:, None]),
+    (2, "without END", lambda ids, end: (ends(ids).cumsum(1) - ends(ids) == 0)
+     & (ids == end).any(1)[:, None]),
+    (2, "after the first END", lambda ids, end: torch.ones_like(ids).bool()),
+    (2, "booleans", lambda ids, end: (ends(ids).cumsum(1) - ends(ids) == 0).float()),
+    (2, "after the first END", lambda ids, end: ends(ids).cumsum(1) < 2),
+    (2, "before the first END", lambda ids, end: (ends(ids).cumsum(1) - ends(ids) == 0)
      & (torch.arange(ids.shape[1]) > 0)),
 
     (3, "sign", lambda l, r: (r - l) - torch.expm1(r - l)),
@@ -475,9 +475,9 @@ ANSWERS = [     # (exercise, a word of the message, the wrong answer)
 # --- 13 to 19: repairs that are none --------------------------------------------------------------------------------
 
 REPAIRS = [     # (bug hunt, a word of the message, mended or not, a line of that file, what it was made)
-    (13, "moved along", "bug", "        its.data = policys.data", "        its.data = policys.data.detach()"),
-    (13, "same logits", "mended", "        its.data.copy_(policys.data)", "        pass"),
-    (13, "no longer be trained", "mended", "    reference = GPT(policy.config)", "    reference = policy"),
+    (13, "moved along", "bug", "        weight.data = original.data", "        weight.data = original.data.detach()"),
+    (13, "same logits", "mended", "        weight.data.copy_(original.data)", "        pass"),
+    (13, "no longer be trained", "mended", "    reference = GPT(policy.config", "    reference = policy"),
     (13, "need no gradient", "mended", "    return reference.requires_grad_(False)", "    return reference"),
     (13, "k1", "mended", "    log_ratio = ref_logprobs - logprobs", "    log_ratio = logprobs - ref_logprobs"),
     (14, "paid for drifting", "bug", "    log_ratio = ", "    log_ratio = logprobs - ref_logprobs"),
@@ -510,12 +510,12 @@ REPAIRS = [     # (bug hunt, a word of the message, mended or not, a line of tha
 ]
 
 
-def repaired(number, of, line, instead):
+def repaired(number, kind, line, instead):
     """The solution ("mended") or the reader's file ("bug"), in which the one line that begins so is another."""
-    path = check.FILES[number] if of == "bug" else check.HERE / "solutions" / check.FILES[number].name
+    path = check.FILES[number] if kind == "bug" else check.HERE / "solutions" / check.FILES[number].name
     lines = path.read_text(encoding="utf-8").splitlines()
-    at, = [i for i, each in enumerate(lines) if each.startswith(line)]
-    lines[at] = instead
+    place, = [i for i, text in enumerate(lines) if text.startswith(line)]
+    lines[place] = instead
     module = types.ModuleType(path.stem)
     exec(compile("\n".join(lines), str(path), "exec"), vars(module))
     return module

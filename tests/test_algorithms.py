@@ -11,8 +11,10 @@ import torch
 
 from grpo_min import grpo, ppo
 from grpo_min.grpo import group_advantages, kl_estimate, policy_loss
-from grpo_min.ppo import at_last_token, explained_variance, gae, value_loss, whiten
+from grpo_min.ppo import gae, value_loss, whiten
 from grpo_min.reward_model import preference_loss
+from grpo_min.rollout import Rollout
+from grpo_min.run.metrics import explained_variance
 
 
 def close(a, b, tolerance=1e-6):
@@ -23,6 +25,10 @@ def close(a, b, tolerance=1e-6):
 def ragged(lengths, columns=None):
     """A mask (B, N) of rows of these lengths."""
     return torch.arange(columns or max(lengths)) < torch.tensor(lengths)[:, None]
+
+
+def at_last_token(scores, mask):
+    return Rollout(mask.long(), mask, mask.float(), scores > 0).at_last_token(scores)
 
 
 # --- the advantage of GRPO ----------------------------------------------------------------------------------------
@@ -112,26 +118,52 @@ def test_loss_sums_over_tokens_and_averages_over_rows():
 
 def test_loss_of_minibatches_adds_up():
     # Mean of the halves' losses is the loss of the whole, however the lengths differ.
-    logprobs, old, advantages = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(1)).double()
+    logprobs, old, advantages, penalty = torch.randn(4, 4, 5, generator=torch.Generator().manual_seed(1)).double()
     mask = ragged([1, 2, 5, 5])
-    whole = policy_loss(logprobs, old, advantages, mask, 0.2)
-    halves = [policy_loss(logprobs[b], old[b], advantages[b], mask[b], 0.2) for b in (slice(0, 2), slice(2, 4))]
+    whole = policy_loss(logprobs, old, advantages, mask, 0.2, penalty)
+    halves = [policy_loss(logprobs[b], old[b], advantages[b], mask[b], 0.2, penalty[b])
+              for b in (slice(0, 2), slice(2, 4))]
     assert close(sum(halves) / 2, whole)
+
+
+@pytest.mark.parametrize("module", [grpo, ppo])
+def test_the_penalty_is_a_sum_over_the_tokens_and_a_mean_over_the_rows(module):
+    # The penalty stands inside the same sum as the surrogate, and neither clip nor advantage touches it.
+    generator, mask = torch.Generator().manual_seed(6), ragged([1, 2, 5, 5])
+    logprobs, old, advantages, penalty = (torch.randn(4, 5, generator=generator).double().requires_grad_()
+                                          for _ in range(4))
+    charged = module.policy_loss(logprobs, old, advantages, mask, 0.2, penalty)
+    apart = module.policy_loss(logprobs, old, advantages, mask, 0.2) + (penalty * mask).sum(1).mean()
+    assert close(charged, apart, 1e-12)
+    gradients = [torch.autograd.grad(loss, (logprobs, penalty)) for loss in (charged, apart)]
+    assert all(close(ours, theirs, 1e-12) for ours, theirs in zip(*gradients))
+    assert close(gradients[0][1], mask / 4), "a charge of 1 on any real token costs 1 / B"
+    assert torch.equal(module.policy_loss(logprobs, old, advantages, mask, 0.2, 0 * penalty),
+                       module.policy_loss(logprobs, old, advantages, mask, 0.2))
+
+
+def test_two_tokens_with_a_penalty_by_hand():
+    # Ratios 2 and 0.5, advantage 1, clip 0.2: (1.2 - 0.3) + (0.5 - 0.1); as a KL, the penalty pulls log pi down.
+    logprobs = torch.tensor([[2.0, 0.5]]).double().log().requires_grad_()
+    penalty = torch.tensor([[0.3, 0.1]]).double() + 0.4 * (logprobs - logprobs.detach())
+    loss = policy_loss(logprobs, torch.zeros(1, 2), torch.ones(1, 2), ragged([2]), 0.2, penalty)
+    loss.backward()
+    assert close(loss, -(1.2 - 0.3 + 0.5 - 0.1)) and close(logprobs.grad, [[0.4, 0.4 - 0.5]])
 
 
 @pytest.mark.parametrize("garbage", [7.0, -7.0])
 def test_tokens_after_the_end_have_no_effect(garbage):
     generator, mask = torch.Generator().manual_seed(2), ragged([1, 3, 4])
-    logprobs, old, advantages = torch.randn(3, 3, 4, generator=generator)
+    tensors = torch.randn(4, 3, 4, generator=generator)         # logprobs, old ones, advantages, penalty
 
-    def loss_and_gradient(fill):
-        filled = [x.masked_fill(~mask, value) for x, value in zip((logprobs, old, advantages), fill)]
-        filled[0].requires_grad_()
-        loss = policy_loss(filled[0], filled[1], filled[2], mask, 0.2)
+    def loss_and_gradient(*fill):
+        logprobs, old, advantages, penalty = (x.masked_fill(~mask, value) for x, value in zip(tensors, fill))
+        logprobs.requires_grad_()
+        loss = policy_loss(logprobs, old, advantages, mask, 0.2, penalty)
         loss.backward()
-        return loss.detach(), filled[0].grad
+        return loss.detach(), logprobs.grad
 
-    clean, dirty = loss_and_gradient((0, 0, 0)), loss_and_gradient((garbage, -garbage, 1000 * garbage))
+    clean, dirty = loss_and_gradient(0, 0, 0, 0), loss_and_gradient(garbage, -garbage, 1000 * garbage, 99 * garbage)
     assert torch.equal(clean[0], dirty[0]) and torch.equal(clean[1], dirty[1])
     assert (clean[1][~mask] == 0).all() and (clean[1][mask] != 0).any()
 
@@ -140,6 +172,7 @@ def test_rows_without_a_token_are_finite():
     mask = torch.tensor([[True, True], [False, False]])
     logprobs = torch.zeros(2, 2, requires_grad=True)
     for loss in (policy_loss(logprobs, torch.zeros(2, 2), torch.ones(2, 2), mask, 0.2),
+                 policy_loss(logprobs, torch.zeros(2, 2), torch.ones(2, 2), mask, 0.2, logprobs.exp()),
                  value_loss(logprobs, torch.zeros(2, 2), torch.ones(2, 2), mask, 0.2),
                  policy_loss(logprobs, torch.zeros(2, 2), torch.ones(2, 2), mask & False, 0.2)):
         loss.backward()

@@ -1,80 +1,747 @@
-"""What people say, and what was measured: each row of the README's table in numbers, from the files of the studies.
+"""What is claimed in words is what was measured.
 
-A study that is run again may change an answer. Then the row's words have to change, and its numbers here.
+Two kinds of claims are checked. The rows of "what people say" have a check each, in CLAIMS. The sentences under the
+tables of tutorials/results stand here once more, with brackets for their numbers. Right below a sentence is its check:
+it asserts what the sentence says, and works its numbers out from the committed files. Filled in, the sentences must be
+what stands under the table, and nothing else may stand there. A study that is run again may change an answer. Then the
+words have to change, and so has the check.
+
+The README is held to the same files, to the code that it shows and to the commands that it names.
 """
+import csv
+import importlib.util
 import json
 import re
+import runpy
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from grpo_min.report import sides
-from grpo_min.study import RESULTS
-from grpo_min.study_reward import by
-from tutorials.show import result
+from grpo_min.grpo import GRPOConfig
+from grpo_min.lab.compare import ALGORITHMS
+from grpo_min.lab.studies.__main__ import STUDIES
+from grpo_min.lab.studies.common import RESULTS, column_by, sides, spread
+from grpo_min.variants import as_options
+from grpo_min.variants import RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / name for name in ("README.md", "tests/README.md", "tutorials/README.md", "tutorials/HOWTO.md",
+                                  "tutorials/results/README.md", "tutorials/results/SPEED.md")]
+WORDS = "zero one two three four five six seven eight nine ten".split()
+
+
+def read(path):
+    return path.read_text(encoding="utf-8")
+
+
+# --- the files ----------------------------------------------------------------------------------------------------
+
+def cell(text):
+    """A cell of a CSV file: a number, if it looks like one."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def result(name):
+    """The rows of NAME.csv."""
+    with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
+        return [{column: cell(text) for column, text in row.items()} for row in csv.DictReader(file)]
 
 
 def study(name, figure, label="setting", **where):
     """{label: the figure of each seed} of the rows of NAME.csv in which the columns have these values."""
-    return by([row for row in result(name) if all(row[column] == value for column, value in where.items())], label,
-              figure)
+    return column_by([row for row in result(name) if where.items() <= row.items()], label, figure)
 
 
-def means(of_label):
-    return [np.mean(values) for values in of_label.values()]
+def table(name):
+    """The rows of the tables of NAME.md, each a list of cells."""
+    lines = read(RESULTS / f"{name}.md").splitlines()
+    return [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")]
 
 
 def compared(reward, *keys):
     """{algorithm: a held-out figure, or a number of its own, of each seed}."""
-    found = {}
-    for record in json.loads((RESULTS / f"comparison-{reward}.json").read_text()):
-        if "run" in record:
-            found.setdefault(record["algorithm"], []).append(
-                record["figures"][keys[0]][keys[1]][0] if len(keys) == 2 else sum(record[keys[0]].values()))
-    return found
+    figures = {}
+    for record in json.loads(read(RESULTS / f"comparison-{reward}.json")):
+        if len(keys) == 2 and keys[0] in record["figures"] and keys[1] in record["figures"][keys[0]]:
+            figures.setdefault(record["algorithm"], []).append(record["figures"][keys[0]][keys[1]][0])
+        elif len(keys) == 1 and keys[0] in record:
+            figures.setdefault(record["algorithm"], []).append(sum(record[keys[0]].values()))
+    return figures
 
+
+def means(values):
+    """{label: the mean of its seeds}."""
+    return {label: np.mean(numbers) for label, numbers in values.items()}
+
+
+def percent(share):
+    return f"{share:.1%}"
+
+
+def range_of(values):
+    """Shares of the seeds as the tables have them: 96.9% (96.8% to 97.0%)."""
+    return spread(values, "{:.1%}")
+
+
+def rounded(number):
+    """As in the table of the gradient's noise: two decimals below ten, none above."""
+    return f"{number:.2f}" if number < 10 else f"{number:.0f}"
+
+
+# --- the sentences under the tables -------------------------------------------------------------------------------
+
+SENTENCES = {}          # {table: [(sentence, check)]}
+
+
+def under(name, sentence):
+    """The sentence stands under the table NAME.md; the function that follows is its check and returns its numbers."""
+    def register(check):
+        SENTENCES.setdefault(name, []).append((sentence, check))
+        return check
+    return register
+
+
+@under("comparison-correct", "GRPO and PPO end alike: {} and {} of the sampled answers are right, where the SFT model "
+       "has {}.")
+def both_end_alike():
+    accuracy = means(compared("correct", "arithmetic_test", "accuracy"))
+    assert abs(accuracy["GRPO"] - accuracy["PPO"]) < 0.01
+    return [percent(accuracy[name]) for name in ("GRPO", "PPO", "SFT")]
+
+
+@under("comparison-correct", "Nearly all of them think, {} and {}, and only the final answer is rewarded.")
+def nearly_all_think():
+    thinking = means(compared("correct", "arithmetic_test", "thinking"))
+    assert thinking["SFT"] < 0.6 and min(thinking["GRPO"], thinking["PPO"]) > 0.98
+    return [percent(thinking[name]) for name in ("GRPO", "PPO")]
+
+
+@under("comparison-correct", "Chains with one more operation stay out of reach: {} are right before, {} and {} after.")
+def longer_chains():
+    accuracy = means(compared("correct", "arithmetic_longer", "accuracy"))
+    assert max(accuracy.values()) < 0.1
+    return [percent(accuracy[name]) for name in ("SFT", "GRPO", "PPO")]
+
+
+@under("comparison-correct", "A step of PPO takes {} times as long as a step of GRPO, and its model state is {} times "
+       "as large.")
+def cost_of_the_critic():
+    seconds, state = means(compared("correct", "seconds")), means(compared("correct", "state_bytes"))
+    return [f"{values['PPO'] / values['GRPO']:.1f}" for values in (seconds, state)]
+
+
+@under("comparison-learned", "GRPO and PPO end within a point of each other: {} and {} of the way to the maximum.")
+def both_end_alike_on_animals():
+    way = means(compared("learned", "animals_test", "progress"))
+    assert abs(way["GRPO"] - way["PPO"]) < 0.01
+    return [percent(way[name]) for name in ("GRPO", "PPO")]
+
+
+@under("comparison-learned", "`PPO 256x1` gets further, {}, and its worst seed has more gold than the best of GRPO, "
+       "{} against {}.")
+def natural_ppo_gets_further():
+    way, gold = (compared("learned", "animals_test", figure) for figure in ("progress", "gold"))
+    worst, best = min(gold["PPO 256x1"]), max(gold["GRPO"])
+    assert worst > best
+    return percent(np.mean(way["PPO 256x1"])), f"{worst:.2f}", f"{best:.2f}"
+
+
+@under("comparison-learned", "It has {} prompts in a step in place of {}, so this is not about the critic alone.")
+def natural_ppo_has_other_prompts():
+    return ALGORITHMS["PPO 256x1"][2]["prompts_per_step"], GRPOConfig().prompts_per_step
+
+
+def seconds_of_stages():
+    return {stage.strip("*"): int(re.search(r"\d+", seconds)[0]) for stage, seconds in table("pipeline")[2:]}
+
+
+@under("pipeline", "The first two stages take {} of the {} seconds.")
+def first_stages():
+    seconds = seconds_of_stages()
+    return seconds["pretraining"] + seconds["supervised fine-tuning"], seconds["all"]
+
+
+@under("pipeline", "[`before_after.md`](before_after.md) shows what each model answers.")
+def answers_are_there():
+    assert "**hello! what does a cow eat?**" in read(RESULTS / "before_after.md")
+    return ()
+
+
+def first_time():
+    """{task: {algorithm: share}} of the first main job and the comparison's seeds: accuracy, and way to the maximum."""
+    return dict(arithmetic=means(compared("correct", "arithmetic_test", "accuracy")),
+                animals=means(compared("learned", "animals_test", "progress")))
+
+
+def second_time():
+    rows = table("again")
+    arithmetic = {name: float(row[0].rstrip("%")) / 100 for name, *row in rows[2:5]}
+    animals = {name: float(row[1].rstrip("%")) / 100 for name, *row in rows[8:10]}
+    return dict(arithmetic=arithmetic, animals=animals)
+
+
+@under("again", "On arithmetic GRPO has {} and PPO {}, where it was {} and {} above.")
+def arithmetic_again():
+    return [percent(share["arithmetic"][name]) for share in (second_time(), first_time()) for name in ("GRPO", "PPO")]
+
+
+@under("again", "On the animals they cover {} and {} of the way, where it was {} and {}.")
+def animals_again():
+    return [percent(share["animals"][name]) for share in (second_time(), first_time()) for name in ("GRPO", "PPO")]
+
+
+@under("again", "So the luck of the first three stages is larger than the difference between the two algorithms.")
+def luck_of_the_first_stages():
+    first, second = first_time(), second_time()
+    for task in first:
+        between = max(abs(share[task]["GRPO"] - share[task]["PPO"]) for share in (first, second))
+        assert all(abs(first[task][name] - second[task][name]) > between for name in ("GRPO", "PPO"))
+    return ()
+
+
+def tuned(column):
+    """{(algorithm, settings): number}; settings without a critic are left out of the critic's columns."""
+    return {(row["algorithm"], row["settings"]): row[column] for row in result("tuning") if row[column] != ""}
+
+
+@under("tuning", "No setting gains more than {} points over the defaults.")
+def nothing_gains():
+    accuracy = tuned("accuracy")
+    gains = [share - accuracy[algorithm, "defaults"] for (algorithm, _), share in accuracy.items()]
+    return [f"{100 * max(gains):.1f}"]
+
+
+@under("tuning", "The other two learning rates are worse: GRPO falls from {} to {} and {}, PPO from {} to {} and {}.")
+def learning_rates():
+    accuracy, shares = tuned("accuracy"), []
+    for name in "GRPO", "PPO":
+        default, lower, higher = (accuracy[name, label] for label in ("defaults", "lr 0.0001", "lr 0.001"))
+        assert default > max(lower, higher)
+        shares += [percent(default), percent(lower), percent(higher)]
+    return shares
+
+
+@under("tuning", "A critic explains most after a warm-up, {} of the variance at its best.")
+def warm_critic():
+    best = tuned("explained_variance_best")
+    assert max(best, key=best.get) == ("PPO", "critic_warmup 10")
+    return [f"{max(best.values()):.2f}"]
+
+
+@under("tuning", "At the end none explains more than {}, since nearly all answers think and are right, and little is "
+       "left to explain.")
+def critics_at_the_end():
+    assert min(tuned("accuracy").values()) > 0.94 and min(tuned("thinking").values()) > 0.98
+    return [f"{max(tuned('explained_variance_end').values()):.2f}"]
+
+
+@under("reward_model", "It agrees with {} of the choices, {} points below the ceiling, and the interval of this "
+       "shortfall does not contain zero.")
+def shortfall():
+    _, agrees, _, missing = table("reward_model")[2]
+    share, low, high = re.match(r"(\S+)% \(95% interval (\S+)% to (\S+)%\)", missing).groups()
+    assert 0 < float(low) < float(high)
+    return agrees.split()[0], share
+
+
+@under("reward_model", "Where it is surest it is a little too sure: it predicts {} and {} happen, in {} of the {} "
+       "pairs.")
+def calibration():
+    predicted, happened, pairs = table("reward_model")[-1]
+    assert float(happened.rstrip("%")) < float(predicted.rstrip("%"))
+    return predicted, happened, pairs, table("reward_model")[2][0]
+
+
+@under("baselines", "Without a baseline the accuracy ends higher with every seed: {}, against {} with the group's "
+       "mean.")
+def better_without():
+    accuracy = study("baselines", "accuracy")
+    assert sides(accuracy)[:2] == (["none"], [])
+    return range_of(accuracy["none"]), range_of(accuracy["mean"])
+
+
+@under("baselines", "For the batch's mean and for the standard deviation no difference is shown.")
+def no_difference_of_the_std():
+    assert sides(study("baselines", "accuracy"))[2] == ["batch", "mean_std"]
+    return ()
+
+
+GROUP_MEAN = "group mean, leave-one-out"
+
+
+def gradients():
+    """{advantage: its row at each of the three moments}."""
+    rows = {}
+    for row in result("baselines-gradients"):
+        rows.setdefault(row["advantage"], []).append(row)
+    return rows
+
+
+@under("baselines-gradients", "Without a baseline the gradient has less noise for its signal than with the group's "
+       "mean: {} against {} at the start, {} against {} after {} steps, {} against {} after {}.")
+def less_noise_without():
+    numbers = []
+    for without, with_mean in zip(gradients()["none"], gradients()[GROUP_MEAN]):
+        assert without["noise_high"] < with_mean["noise_low"]
+        numbers += [rounded(without["noise"]), rounded(with_mean["noise"]), f"{without['steps']:.0f}"]
+    return numbers[:2] + numbers[3:]
+
+
+@under("baselines-gradients", "A wrong completion has {} times the squared score of a right one at the start and {} "
+       "times at the end, and a reward of zero silences just these completions.")
+def loud_mistakes():
+    first, _, last = gradients()["none"]
+    return [f"{row['score_wrong'] / row['score_right']:.0f}" for row in (first, last)]
+
+
+@under("baselines-gradients", "So the best constant baseline lies near zero, at {}, {} and {}, far below the mean "
+       "reward.")
+def best_constant():
+    rows = gradients()["best constant"]
+    assert all(row["best_high"] < row["mean_reward"] / 2 for row in rows)
+    return [f"{row['best']:.2f}" for row in rows]
+
+
+@under("baselines-gradients", "The critic is noisier than the group's mean at the start, {} against {}; later no "
+       "difference in noise is shown, and its cosine is a little larger.")
+def noise_of_the_critic():
+    first, *later = gradients()["critic"]
+    assert first["more_signal_high"] < 0
+    assert all(row["more_signal_low"] < 0 < row["more_signal_high"] and row["more_cosine_low"] > 0 for row in later)
+    return rounded(first["noise"]), rounded(gradients()[GROUP_MEAN][0]["noise"])
+
+
+def without_start():
+    """{setting: accuracy of each seed} of the study is_rl_needed, GRPO first, and the accuracy of the SFT model."""
+    accuracy = study("is_rl_needed", "accuracy")
+    return accuracy, accuracy.pop("SFT")[0]
+
+
+def share_of_gain(setting):
+    """How much of GRPO's gain over the SFT model a setting has: the mean over seeds."""
+    accuracy, start = without_start()
+    return np.mean((np.array(accuracy[setting]) - start) / (np.array(accuracy["GRPO"]) - start))
+
+
+@under("is_rl_needed", "Online, fine-tuning on right answers ends higher than GRPO with every seed: {} against {}.")
+def online_is_enough():
+    accuracy, _ = without_start()
+    assert sides(accuracy)[0] == ["filtered SFT, online"]
+    return range_of(accuracy["filtered SFT, online"]), range_of(accuracy["GRPO"])
+
+
+@under("is_rl_needed", "Offline it makes {} of GRPO's gain over the SFT model, and stays nearer to that model, {} "
+       "nats against {}.")
+def offline_is_nearer():
+    kl = study("is_rl_needed", "kl")
+    assert max(kl["filtered SFT, offline"]) < min(kl["GRPO"])
+    return [f"{share_of_gain('filtered SFT, offline'):.0%}",
+            *(f"{np.mean(kl[name]):.2f}" for name in ("filtered SFT, offline", "GRPO"))]
+
+
+@under("is_rl_needed", "The same number of updates on the demonstrations makes {} of the gain.")
+def demonstrations_alone():
+    updates = study("is_rl_needed", "updates")
+    assert updates["SFT for longer"] == updates["filtered SFT, offline"]
+    return [f"{share_of_gain('SFT for longer'):.0%}"]
+
+
+@under("group_size", "No group size beats the default, `16 x 8`, with every seed.")
+def no_group_size_is_better():
+    accuracy = study("group_size", "accuracy")
+    assert next(iter(accuracy)) == "16 x 8" and sides(accuracy)[0] == []
+    return ()
+
+
+@under("group_size", "The largest groups with the fewest prompts, `2 x 64`, are worse with every seed: {} against {}.")
+def largest_groups():
+    accuracy = study("group_size", "accuracy")
+    assert sides(accuracy)[1] == ["2 x 64"]
+    return range_of(accuracy["2 x 64"]), range_of(accuracy["16 x 8"])
+
+
+@under("group_size", "For the other sizes no difference is shown.")
+def other_group_sizes():
+    assert len(sides(study("group_size", "accuracy"))[2]) == 4
+    return ()
+
+
+@under("critic", "No difference from PPO's default, `separate`, is shown for any other critic of its own, nor for "
+       "GRPO without one.")
+def critics_end_alike():
+    accuracy = study("critic", "accuracy")
+    assert next(iter(accuracy)) == "separate"
+    assert sides(accuracy)[2] == [label for label in accuracy if label not in ("separate", "shared trunk")]
+    return ()
+
+
+@under("critic", "Yet these critics explain between {} and {} of the variance of the returns, and the one that "
+       "explains most, warmed up for ten steps, ends no higher.")
+def what_critics_explain():
+    explained = study("critic", "ev_mean")
+    own = {label: np.mean(values) for label, values in explained.items()
+           if "" not in values and label != "shared trunk"}
+    assert max(own, key=own.get) == "separate, warmed up 10 steps"
+    accuracy = means(study("critic", "accuracy"))
+    assert accuracy["separate, warmed up 10 steps"] <= accuracy["separate"]
+    return f"{min(own.values()):.2f}", f"{max(own.values()):.2f}"
+
+
+@under("critic", "A critic that shares its trunk with the policy saves {} of {} MB.")
+def shared_trunk_saves():
+    megabytes = study("critic", "megabytes")
+    separate, shared = megabytes["separate"][0], megabytes["shared trunk"][0]
+    return f"{separate - shared:.1f}", f"{separate:.1f}"
+
+
+@under("critic", "With the same settings it ruins the policy: {}.")
+def shared_trunk_ruins():
+    accuracy = study("critic", "accuracy")
+    assert sides(accuracy)[1] == ["shared trunk"] and max(accuracy["shared trunk"]) < 0.75
+    return [range_of(accuracy["shared trunk"])]
+
+
+@under("recipes", "Only DAPO ends higher than `no recipe` with every seed: {} against {}.")
+def dapo_is_better():
+    accuracy = study("recipes", "accuracy")
+    assert next(iter(accuracy)) == "no recipe" and sides(accuracy)[:2] == (["dapo"], [])
+    return range_of(accuracy["dapo"]), range_of(accuracy["no recipe"])
+
+
+@under("recipes", "Its dynamic sampling took {} times as many completions.")
+def dapo_takes_more():
+    completions = means(study("recipes", "completions"))
+    return [f"{completions['dapo'] / completions['no recipe']:.1f}"]
+
+
+@under("recipes", "For the other {} recipes no difference is shown.")
+def other_recipes():
+    return [WORDS[len(sides(study("recipes", "accuracy"))[2])]]
+
+
+def cosines():
+    """{moment: {(recipe, recipe): cosine}}, and the directions of each moment: sets of recipes with a cosine of 1."""
+    pairs, directions = {}, {}
+    for row in result("recipes-one-update"):
+        pairs.setdefault(row["when"], {})[row["recipe"], row["other"]] = row["cosine"]
+    for moment, cosine in pairs.items():
+        directions[moment] = set()
+        for recipe in {recipe for recipe, _ in cosine}:
+            alike = [other for name, other in cosine if name == recipe and cosine[name, other] > 0.9999]
+            directions[moment].add(tuple(alike))
+    return pairs, directions
+
+
+@under("recipes-one-update", "With a ratio of one, the {} recipes, `no recipe` among them, have {} directions, and no "
+       "cosine is below {}.")
+def directions_at_first():
+    pairs, directions = cosines()
+    cosine = pairs["with a ratio of 1"]
+    count = len({recipe for recipe, _ in cosine})
+    return WORDS[count], WORDS[len(directions["with a ratio of 1"])], f"{min(cosine.values()):.3f}"
+
+
+@under("recipes-one-update", "After {} updates they have {}, and the cosines go down to {}, between `gspo` and "
+       "`cispo`.")
+def directions_later():
+    pairs, directions = cosines()
+    moment = list(pairs)[1]
+    lowest = min(pairs[moment], key=pairs[moment].get)
+    assert set(lowest) == {"gspo", "cispo"}
+    return WORDS[int(re.search(r"\d+", moment)[0])], WORDS[len(directions[moment])], f"{pairs[moment][lowest]:.3f}"
+
+
+@under("recipes-one-update", "The narrow clip of `gspo` then leaves out {} of the tokens.")
+def gspo_leaves_out():
+    rows = [row for row in result("recipes-one-update") if row["when"] == "after 3 updates"]
+    left_out = {row["recipe"]: row["left_out"] for row in rows}
+    assert max(left_out, key=left_out.get) == "gspo"
+    return [f"{left_out['gspo']:.0%}"]
+
+
+@under("length", "With `sequence` wrong answers end longer than with `token` or `constant` with every seed: {} tokens "
+       "against {} and {}.")
+def sequence_mean_is_longer():
+    length = study("length", "length_wrong")
+    assert min(length["sequence"]) > max(length["token"] + length["constant"])
+    return [f"{np.mean(length[name]):.1f}" for name in ("sequence", "token", "constant")]
+
+
+@under("length", "Against `sum`, {}, no difference is shown.")
+def sum_is_as_long():
+    length = study("length", "length_wrong")
+    assert next(iter(length)) == "sum" and "sequence" in sides(length)[2]
+    return [f"{np.mean(length['sum']):.1f}"]
+
+
+@under("length", "In accuracy no difference is shown.")
+def lengths_are_as_accurate():
+    assert sides(study("length", "accuracy"))[:2] == ([], [])
+    return ()
+
+
+def penalties(figure):
+    """{(beta, charged in): the figure of each seed}, no penalty first."""
+    values = {}
+    for row in result("kl"):
+        values.setdefault((row["beta"], row["charged_in"]), []).append(row[figure])
+    return values
+
+
+@under("kl", "The penalty keeps the policy near the SFT model: {} nats without it, and with the largest beta {} if it "
+       "is charged in the loss and {} if in the reward.")
+def penalty_keeps_near():
+    kl = penalties("kl")
+    largest = max(beta for beta, _ in kl)
+    assert all(max(kl[largest, place]) < min(kl[0, "nowhere"]) for place in ("loss", "reward"))
+    return [f"{np.mean(kl[key]):.2f}" for key in ((0, "nowhere"), (largest, "loss"), (largest, "reward"))]
+
+
+@under("kl", "To the gold score it makes no difference that the seeds show, with one exception: the largest beta in "
+       "the loss costs some, {} against {}.")
+def penalty_and_gold():
+    gold = penalties("gold")
+    assert sides(gold)[:2] == ([], [(0.3, "loss")]) and max(beta for beta, _ in gold) == 0.3
+    return spread(gold[0.3, "loss"], "{:.2f}"), spread(gold[0, "nowhere"], "{:.2f}")
+
+
+PLAIN, PENALISED, BEST = "RL, beta 0", "RL, beta 0.3", "best of n"
+
+
+def searched(figure, arm):
+    """{choices: the figure of each seed} of one way to search."""
+    return study("overoptimisation", figure, "pairs", arm=arm)
+
+
+@under("overoptimisation", "Without a KL penalty gold falls from its best while the reward model's score goes on "
+       "rising, with every seed at {}, {} and {} choices and with {} of {} seeds at {}.")
+def over_optimised():
+    lost, rise, seeds = searched("lost", PLAIN), searched("proxy_since_best", PLAIN), {}
+    for choices in lost:
+        seeds[choices] = sum(a > 0 and b > 0 for a, b in zip(lost[choices], rise[choices]))
+    most, *fewer = sorted(seeds, reverse=True)
+    count = len(lost[most])
+    assert [seeds[choices] for choices in fewer] == [count] * 3 and 0 < seeds[most] < count
+    return [f"{choices:.0f}" for choices in fewer] + [seeds[most], count, f"{most:.0f}"]
+
+
+@under("overoptimisation", "With {} and {} choices every policy ends below the SFT model, by {} and {} on average.")
+def worse_than_before():
+    gold = searched("gold", PLAIN)
+    fewest = sorted(gold, reverse=True)[-2:]
+    assert all(max(gold[choices]) < 0 for choices in fewest)
+    return [f"{choices:.0f}" for choices in fewest] + [f"{-np.mean(gold[choices]):.2f}" for choices in fewest]
+
+
+@under("overoptimisation", "With `beta 0.3` less than half of the loss is left, and at {} and {} choices gold ends "
+       "higher with every seed.")
+def penalty_saves():
+    plain, penalised = means(searched("lost", PLAIN)), means(searched("lost", PENALISED))
+    assert all(penalised[choices] < plain[choices] / 2 for choices in plain)
+    before, after = searched("gold", PLAIN), searched("gold", PENALISED)
+    higher = [choices for choices in before if min(after[choices]) > max(before[choices])]
+    return [f"{choices:.0f}" for choices in sorted(higher, reverse=True)]
+
+
+@under("overoptimisation", "The forms describe best-of-n well, with a mean `R^2` of {}, and RL less well, with {} and "
+       "{}.")
+def forms_of_gao():
+    fit = means(study("overoptimisation", "r2", "arm"))
+    assert fit[BEST] > 0.9 > max(fit[PLAIN], fit[PENALISED])
+    return [f"{fit[arm]:.2f}" for arm in (BEST, PLAIN, PENALISED)]
+
+
+@under("noise", "One wrong choice in ten costs more than a third of the gain: the policy covers {} of the way to the "
+       "maximum in place of {}.")
+def one_in_ten():
+    way = study("noise", "way", "rate")
+    assert max(way[0.9]) < min(way[1.0]) and np.mean(way[0.9]) < np.mean(way[1.0]) * 2 / 3
+    return range_of(way[0.9]), range_of(way[1.0])
+
+
+@under("noise", "The reward model agrees with gold more often than its annotators with every seed only where these "
+       "are right in {} of the pairs: {}.")
+def averages_out():
+    agreement = study("noise", "agreement", "rate")
+    rate, = [rate for rate, shares in agreement.items() if min(shares) > rate]
+    return f"{rate:.0%}", range_of(agreement[rate])
+
+
+@under("noise", "Where they are right in {} or more, it agrees less often than they do.")
+def agrees_less():
+    agreement = study("noise", "agreement", "rate")
+    less = [rate for rate, shares in agreement.items() if max(shares) < rate]
+    assert less == [rate for rate in agreement if rate >= min(less)]
+    return [f"{min(less):.0%}"]
+
+
+def countdown(column):
+    """The cells of a column of the table countdown.md: of the fine-tuned model, and of GRPO."""
+    headings, _, *rows = table("countdown")
+    position = headings.index(column) - len(headings)                 # the first heading is empty
+    return [row[position] for row in rows[:2]]
+
+
+@under("countdown", "GRPO solves more with every seed: {}, before it {}.")
+def solves_more():
+    before, after = countdown("solved")
+    lowest = re.search(r"\((\S+)% to", after)[1]
+    assert float(lowest) > float(before.rstrip("%"))
+    return after, before
+
+
+@under("countdown", "It also thinks more, {} in place of {}.")
+def thinks_more():
+    before, after = countdown("thinking")
+    assert float(re.search(r"\((\S+)% to", after)[1]) > float(before.rstrip("%"))
+    return after, before
+
+
+@under("countdown", "Most problems stay unsolved.")
+def most_stay_unsolved():
+    assert float(re.search(r"to (\S+)%", countdown("solved")[1])[1]) < 50
+    return ()
+
+
+@under("minutes", "All together take {} minutes, and `overoptimisation` and `noise` take {} of them.")
+def minutes_of_studies():
+    minutes = {name.strip("*"): float(cell) for name, cell in table("minutes")[2:]}
+    longest = sorted(minutes, key=minutes.get)[-3:]
+    assert longest == ["noise", "overoptimisation", "all"]
+    return f"{minutes['all']:.0f}", f"{minutes['noise'] + minutes['overoptimisation']:.0f}"
+
+
+def benchmark():
+    """{(name, layers x width, group size, new tokens): record}."""
+    records = {}
+    for record in json.loads(read(RESULTS / "benchmark.json"))["records"]:
+        work = record["work"]
+        records[record["name"], f"{work['layers']} x {work['width']}", work["group_size"], work["new"]] = record
+    return records
+
+
+SMALL, LARGE = ("3 x 96", 8, 24), ("4 x 128", 16, 8)
+
+
+@under("benchmark", "A step of PPO takes {} times as long as the same step of GRPO.")
+def step_of_ppo():
+    records = benchmark()
+    return [f"{records[('PPO', *SMALL)]['step'][0] / records[('GRPO', *SMALL)]['step'][0]:.1f}"]
+
+
+@under("benchmark", "A step of TRL's GRPO takes {} times as long as ours on the model of `4 x 128` and {} times on "
+       "that of `3 x 96`; `generate()` takes {} and {} "
+       "times as long as our sampling.")
+def others():
+    records = benchmark()
+    steps = [records[("TRL GRPO", *work)]["step"][0] / records[("GRPO", *work)]["step"][0] for work in (LARGE, SMALL)]
+    samplings = [records[("generate()", *work)]["seconds"]["sample"] / records[("GRPO", *work)]["seconds"]["sample"]
+                 for work in (LARGE, SMALL)]
+    return [f"{ratio:.1f}" for ratio in steps + samplings]
+
+
+@under("benchmark", "The matrix products alone would take {} of the update's time and {} of the sampling's, and their "
+       "share grows with the width of the model.")
+def products():
+    records = benchmark()
+    share = records[("GRPO", *SMALL)]["share_of_products"]
+    for phase in "update", "sample":
+        shares = [records["GRPO", f"3 x {width}", 8, 24]["share_of_products"][phase] for width in (64, 96, 128, 192)]
+        assert shares == sorted(shares)
+    return f"{share['update']:.0%}", f"{share['sample']:.0%}"
+
+
+def rates():
+    """{how many threads, and what they do: [steps per second alone, beside others]}."""
+    return {label: [int(cell) for cell in cells] for label, *cells in table("threads")[2:]}
+
+
+@under("threads", "Spinning threads make {} steps of fine-tuning a second on an idle machine and {} beside other "
+       "processes.")
+def spinning():
+    rate = rates()
+    alone, beside = zip(*rate.values())
+    assert rate["2 threads, spinning"] == [max(alone), min(beside)]
+    return rate["2 threads, spinning"]
+
+
+@under("threads", "A run that watches makes {} and {}, as many as a single thread there.")
+def watching():
+    rate = rates()
+    watches = rate["2 threads, spinning, until the run notices others"]
+    assert watches[1] == rate["1 thread"][1]
+    return watches
+
+
+def prose():
+    """{table: what stands under it, up to the next heading, without pictures}."""
+    texts = {}
+    for page in PAGES:
+        for name, text in re.findall(r"<!-- end of (\S+)\.md -->(.*?)(?=^#|\Z)", read(page), re.DOTALL | re.MULTILINE):
+            texts[name] = " ".join(re.sub(r"^!\[.*\)$", "", text, flags=re.MULTILINE).split())
+    return texts
+
+
+def test_every_table_has_its_sentences():
+    assert set(prose()) == set(SENTENCES)
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_the_sentences_under_a_table_say_what_its_file_says(name):
+    assert prose()[name] == " ".join(sentence.format(*check()) for sentence, check in SENTENCES[name])
+
+
+def test_no_number_of_a_sentence_is_typed():
+    for sentences in SENTENCES.values():
+        for sentence, _ in sentences:
+            assert not re.search(r"\d", re.sub("`[^`]*`", "", sentence)), f"{sentence}: the names of settings alone"
+
+
+# --- what people say ----------------------------------------------------------------------------------------------
 
 def less_memory():
     state = compared("correct", "state_bytes")
-    return max(state["GRPO"]) < min(state["PPO"])
+    grpo = next(record for record in json.loads(read(RESULTS / "comparison-correct.json")) if "run" in record)
+    weights = grpo["state_bytes"]["policy"] / 4
+    return [round(state[name][0] / weights) for name in ("GRPO", "PPO")] == [20, 36]
 
 
 def as_good():
-    figures = compared("correct", "arithmetic_test", "accuracy"), compared("learned", "animals_test", "progress")
-    return all(abs(np.mean(of["GRPO"]) - np.mean(of["PPO"])) < 0.01 for of in figures)
+    return all(abs(share["GRPO"] - share["PPO"]) < 0.01 for share in first_time().values())
 
 
 def no_good_critic_needed():
-    accuracy, explained = study("critic", "accuracy"), study("critic", "ev_mean")
+    explained, megabytes = study("critic", "ev_mean"), study("critic", "megabytes")
     little = [np.mean(values) for label, values in explained.items() if "" not in values and label != "shared trunk"]
-    megabytes = study("critic", "megabytes")
-    return (sides(accuracy)[:2] == ([], ["shared trunk"]) and max(accuracy["shared trunk"]) < 0.75
-            and min(little) < 0 < max(little) < 0.3 and megabytes["shared trunk"][0] < megabytes["separate"][0])
+    return (sides(study("critic", "accuracy"))[:2] == ([], ["shared trunk"]) and min(little) < 0 < max(little) < 0.3
+            and megabytes["shared trunk"][0] < megabytes["separate"][0])
 
 
-def less_noise_without():
-    rows = {(row["steps"], row["advantage"]): row for row in result("baselines-gradients")}
-    moments = sorted({steps for steps, _ in rows})
-    without, with_mean = ([rows[steps, name] for steps in moments] for name in ("none", "group mean, leave-one-out"))
-    return (all(a["noise_high"] < b["noise_low"] for a, b in zip(without, with_mean))
-            and [b["noise"] / a["noise"] > 3 for a, b in zip(without, with_mean)] == [False, True, True]
+def less_noise_and_much_less_later():
+    without, with_mean = gradients()["none"], gradients()[GROUP_MEAN]
+    return ([b["noise"] / a["noise"] > 3 for a, b in zip(without, with_mean)] == [False, True, True]
+            and all(a["noise_high"] < b["noise_low"] for a, b in zip(without, with_mean))
             and all(row["score_wrong"] > 5 * row["score_right"] for row in without))
 
 
-def better_without():
+def better_with_no_baseline():
     return "none" in sides(study("baselines", "accuracy"))[0]
 
 
-def online_is_enough():
-    accuracy = study("is_rl_needed", "accuracy")
-    start, grpo = accuracy.pop("SFT")[0], np.mean(accuracy["GRPO"])
+def online_it_has_to_be():
+    accuracy, _ = without_start()
     _, below, _ = sides(accuracy)
-    return ("filtered SFT, online" not in below and np.mean(accuracy["filtered SFT, online"]) >= grpo
-            and "filtered SFT, offline" in below
-            and 0.75 < (np.mean(accuracy["filtered SFT, offline"]) - start) / (grpo - start) < 0.95)
+    return ("filtered SFT, online" not in below
+            and np.mean(accuracy["filtered SFT, online"]) >= np.mean(accuracy["GRPO"])
+            and "filtered SFT, offline" in below and 0.75 < share_of_gain("filtered SFT, offline") < 0.95)
 
 
-def no_difference_of_the_std():
+def std_makes_no_difference():
     return "mean_std" in sides(study("baselines", "accuracy"))[2]
 
 
@@ -84,51 +751,53 @@ def not_larger_is_better():
 
 
 def recipes_alike():
-    cosine = {(row["recipe"], row["other"]): row["cosine"] for row in result("recipes-one-update")
-              if row["when"] == "with a ratio of 1"}
-    directions = {tuple(other for name, other in cosine if name == recipe and cosine[name, other] > 0.9999)
-                  for recipe, _ in cosine}
-    completions = study("recipes", "completions")
-    return (len(directions) == 4 and min(cosine.values()) > 0.9 and len(study("recipes", "accuracy")) == 8
-            and sides(study("recipes", "accuracy"))[:2] == (["dapo"], [])
+    pairs, directions = cosines()
+    completions, accuracy = study("recipes", "completions"), study("recipes", "accuracy")
+    return (len(directions["with a ratio of 1"]) == 4 and min(pairs["with a ratio of 1"].values()) > 0.9
+            and len(accuracy) == 8 and sides(accuracy)[:2] == (["dapo"], [])
             and min(completions["dapo"]) > 3 * max(completions["grpo"]))
 
 
-def sequence_mean_is_longer():
+def longer_than_two_of_three():
     length = study("length", "length_wrong")
     return (all(min(length["sequence"]) > max(length[name]) for name in ("token", "constant"))
             and "sequence" in sides(length)[2])
 
 
+def peaks():
+    """{choices: [distance at which the gold score of each seed is highest]}, without a KL penalty."""
+    curves, distance = {}, {}
+    for point in result("overoptimisation-curves"):
+        if point["arm"] == PLAIN:
+            curves.setdefault((point["pairs"], point["seed"]), []).append(point)
+    for (choices, _), points in curves.items():
+        distance.setdefault(choices, []).append(max(points, key=lambda point: point["gold"])["kl"] ** 0.5)
+    return distance
+
+
 def hacked():
-    rows = [row for row in result("overoptimisation") if row["arm"] == "RL, beta 0"]
-    peaks = {}                                   # {choices: distance at which the gold score of each seed is highest}
-    for choices in dict.fromkeys(row["pairs"] for row in rows):
-        for seed in {row["seed"] for row in rows}:
-            points = [row for row in result("overoptimisation-curves")
-                      if (row["arm"], row["pairs"], row["seed"]) == ("RL, beta 0", choices, seed)]
-            peaks.setdefault(choices, []).append(max(points, key=lambda point: point["gold"])["kl"] ** 0.5)
-    lost = study("overoptimisation", "lost", "pairs", arm="RL, beta 0")
-    fits = study("overoptimisation", "r2", "arm")
+    lost, rise = searched("lost", PLAIN), searched("proxy_since_best", PLAIN)
+    deep, far = means(lost), means(peaks())
     return (list(lost) == [4000, 1000, 200, 50]
-            and all(row["lost"] > 0 and row["proxy_since_best"] > 0 for row in rows if row["pairs"] < 4000)
-            and 0 < max(means(lost)[:2]) < min(means(lost)[2:]) and min(means(peaks)[:2]) > max(means(peaks)[2:])
-            and np.mean(fits["best of n"]) > 0.9 > max(np.mean(fits["RL, beta 0"]), np.mean(fits["RL, beta 0.3"])))
+            and all(min(lost[choices] + rise[choices]) > 0 for choices in (1000, 200, 50))
+            and 0 < max(deep[4000], deep[1000]) < min(deep[200], deep[50])
+            and min(far[4000], far[1000]) > max(far[200], far[50]))
 
 
 def penalty_helps():
-    lost, gold, proxy = ([study("overoptimisation", figure, "pairs", arm=f"RL, beta {beta}") for beta in ("0", "0.3")]
-                         for figure in ("lost", "gold", "proxy"))
-    higher = {choices: min(gold[1][choices]) > max(gold[0][choices]) for choices in gold[0]}
-    of_kl = {}
-    for row in result("kl"):
-        of_kl.setdefault((row["beta"], row["charged_in"]), []).append(row["gold"])
-    return (all(b < a / 2 for a, b in zip(*map(means, lost))) and all(b < a for a, b in zip(*map(means, proxy)))
-            and higher[1000] and higher[200] and sides(of_kl)[:2] == ([], [(0.3, "loss")]))
+    lost, lost_with_it = means(searched("lost", PLAIN)), means(searched("lost", PENALISED))
+    proxy, proxy_with_it = means(searched("proxy", PLAIN)), means(searched("proxy", PENALISED))
+    gold, gold_with_it = searched("gold", PLAIN), searched("gold", PENALISED)
+    committed = penalties("gold")
+    return (all(lost_with_it[choices] < lost[choices] / 2 for choices in lost)
+            and all(proxy_with_it[choices] < proxy[choices] for choices in proxy)
+            and all(min(gold_with_it[choices]) > max(gold[choices]) for choices in (1000, 200))
+            and sides(committed)[:2] == ([], [(0.3, "loss")]) and max(beta for beta, _ in committed) == 0.3
+            and {row["steps"] for row in result("kl")} == {60})
 
 
 def noise_costs():
-    agreement, way = (study("noise", figure, "rate") for figure in ("agreement", "way"))
+    agreement, way = study("noise", "agreement", "rate"), study("noise", "way", "rate")
     return (0.6 < np.mean(agreement[0.6]) < 0.65 and all(max(agreement[rate]) < rate for rate in (0.8, 0.9))
             and max(way[0.9]) < min(way[1.0]) and np.mean(way[0.9]) < 0.75 * np.mean(way[1.0]))
 
@@ -138,26 +807,154 @@ CLAIMS = {
     "GRPO is as good as PPO, without a critic": as_good,
     "PPO needs a good critic": no_good_critic_needed,
     "a baseline leaves the gradient's expectation as it is": None,                   # test_exact.py
-    "and lowers its variance": less_noise_without,
-    "so a baseline makes learning better": better_without,
-    "RL is needed, fine-tuning on right answers is not enough": online_is_enough,
-    "the standard deviation in the advantage helps, or harms": no_difference_of_the_std,
+    "and lowers its variance": less_noise_and_much_less_later,
+    "so a baseline makes learning better": better_with_no_baseline,
+    "RL is needed, fine-tuning on right answers is not enough": online_it_has_to_be,
+    "the standard deviation in the advantage helps, or harms": std_makes_no_difference,
     "larger groups are better": not_larger_is_better,
     "the newer recipes beat GRPO": recipes_alike,
-    "the sequence's mean makes wrong answers longer (Dr. GRPO)": sequence_mean_is_longer,
+    "the sequence's mean makes wrong answers longer (Dr. GRPO)": longer_than_two_of_three,
     "learned rewards get hacked": hacked,
     "the KL penalty prevents it": penalty_helps,
     "a reward model averages out the annotators' noise": noise_costs,
 }
 
 
+def claims(page):
+    """{what people say: the whole row} of the table on a page, without where its links lead."""
+    text = read(page)
+    lines = text[text.index("| people say | measured here"):].split("\n\n")[0].splitlines()[2:]
+    return {line.split(" | ")[0].strip("| "): re.sub(r"\]\([^)]*\)", "]", line) for line in lines}
+
+
 def test_every_row_of_the_table_has_its_numbers():
-    readme = (RESULTS.parent.parent / "README.md").read_text(encoding="utf-8")
-    table = readme[readme.index("| people say | measured here"):]
-    rows = re.findall(r"^\| (.+?) \| ", table[:table.index("\n\n")], re.MULTILINE)
-    assert rows == ["people say", *CLAIMS]
+    assert list(claims(RESULTS / "README.md")) == list(CLAIMS)
 
 
 @pytest.mark.parametrize("claim", [claim for claim, holds in CLAIMS.items() if holds])
 def test_the_answer_is_what_was_measured(claim):
     assert CLAIMS[claim]()
+
+
+def test_the_readme_has_five_of_these_rows_word_for_word():
+    short, full = claims(ROOT / "README.md"), claims(RESULTS / "README.md")
+    assert len(short) == 5 and all(full[claim] == row for claim, row in short.items())
+
+
+# --- the README, and what else is said of numbers and commands ----------------------------------------------------
+
+def blocks(page, language):
+    """The blocks of code of a page in a language ("" for commands), each a list of lines."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", read(page), re.DOTALL | re.MULTILINE)
+    return [text.splitlines() for name, text in fences if name == language]
+
+
+def test_the_code_in_the_readme_stands_in_grpo_py():
+    lines = {line.strip() for line in read(ROOT / "grpo_min" / "grpo.py").splitlines()}
+    shown, = blocks(ROOT / "README.md", "python")
+    assert len(shown) <= 15
+    assert [line for line in shown if line.strip() not in lines] == []
+
+
+def test_the_two_commands_of_the_readme():
+    lines = [line.split("#")[0].strip() for block in blocks(ROOT / "README.md", "") for line in block]
+    assert "pip install -r requirements.txt && python -m grpo_min" in lines
+    assert "pip install -r requirements.txt && python -m pytest" in lines
+
+
+def test_the_three_rows_of_the_readme():
+    accuracy, way = compared("correct", "arithmetic_test", "accuracy"), compared("learned", "animals_test", "progress")
+    seconds, state = compared("correct", "seconds"), compared("correct", "state_bytes")
+    assert {len(accuracy[name]) for name in ALGORITHMS} == {3}, "means of three seeds"
+    for name in ALGORITHMS:
+        cells = [name, percent(np.mean(accuracy[name])), percent(np.mean(way[name])), f"{np.mean(seconds[name]):.2f}",
+                 f"{state[name][0] / 1e6:.1f} MB"]
+        assert f"| {' | '.join(cells)} |" in read(ROOT / "README.md")
+
+
+def test_what_the_readme_says_of_time():
+    text, again = read(ROOT / "README.md"), table("again")
+    assert f"| [{seconds_of_stages()['all']} s](" in text
+    assert f"from {again[2][1]} right to [{again[3][1]}](" in text and (again[2][0], again[3][0]) == ("SFT", "GRPO")
+    assert f"| [{tuned('seconds')['GRPO', 'defaults']:.0f} s](" in text
+
+
+def test_within_twenty_steps_nearly_every_answer_thinks():
+    thinking = column_by(result("comparison-correct"), "step", "thinking")
+    assert max(thinking[0]) < 0.6 and min(thinking[20]) > 0.95
+
+
+def test_the_readme_counts_the_sayings():
+    assert len(CLAIMS) == 14 and "fourteen sayings" in read(ROOT / "README.md")
+
+
+def test_the_seven_steps_lead_to_their_banners():
+    lines = read(ROOT / "grpo_min" / "grpo.py").splitlines()
+    links = re.findall(r"\[banner (\d)\]\(\.\./grpo_min/grpo\.py#L(\d+)\)", read(ROOT / "tutorials" / "README.md"))
+    assert [step for step, _ in links] == list("1234567")
+    for step, number in links:
+        assert f"# --- {step}." in lines[int(number) - 1]
+
+
+def commands():
+    """(module, words after it) of every command `python -m` that a page names."""
+    for page in PAGES:
+        for line in re.findall(r"python -m ([^`\n]+)", read(page)):
+            module, *words = line.split("#")[0].split()
+            yield module, words
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """help_of(module) -> what `python -m MODULE --help` prints."""
+    def help_of(module):
+        monkeypatch.setattr(sys, "argv", [module, "--help"])
+        with pytest.raises(SystemExit):
+            runpy.run_module(module, run_name="__main__")
+        return capsys.readouterr().out
+    return help_of
+
+
+def test_every_command_exists():
+    named = {module for module, _ in commands()} - {"grpo_min.STAGE"}
+    assert len(named) > 15
+    assert [module for module in named if importlib.util.find_spec(module) is None] == []
+
+
+def test_the_guide_to_the_tests_names_every_file():
+    named = re.findall(r"\]\((test_\w+\.py)\)", read(ROOT / "tests" / "README.md"))
+    assert sorted(named) == sorted(path.name for path in (ROOT / "tests").glob("test_*.py"))
+
+
+def test_every_study_has_its_command_on_a_page():
+    named = {words[0] for module, words in commands() if module == "grpo_min.lab.studies"}
+    assert named == {*STUDIES, "all"}
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_every_option_that_is_named_exists(help_of):
+    options, unknown = {}, []
+    for module, words in commands():
+        named = [word for word in words if word.startswith("--") and word != "--help"]
+        if not named or not module.startswith("grpo_min"):
+            continue
+        if module not in options:
+            options[module] = set(re.findall(r"--[\w-]+", help_of(module)))
+        unknown += [f"{module} {option}" for option in named if option not in options[module]]
+    assert unknown == []
+
+
+def test_the_recipes_are_listed_with_their_options():
+    for name, settings in RECIPES.items():
+        assert f"| `{name}` | `{as_options(settings)}` |" in read(ROOT / "tutorials" / "HOWTO.md")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    for target, anchor in re.findall(r"\]\((?!https?:)([^)#]*)(#[^)]*)?\)", read(page)):
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", read(path), re.MULTILINE)
+            anchors = ["#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert anchor in anchors, f"{target}{anchor}"

@@ -2,13 +2,15 @@
 
 Each mistake is made on purpose: exit code 2, one line on standard error that begins with "error:" and names what is
 wrong, and a run that was in the folder before is still there, byte for byte. Commands run inside this process, but for
-two that are started as a user starts them.
+three that are started as a user starts them.
 """
 import dataclasses
 import importlib
 import json
 import os
 import pickle
+import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -20,34 +22,47 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_min import compare, evaluate, grpo, ppo, pretrain, reward_model, runs, sample, sft
-from grpo_min.config import UserError, parse, run_command
+from grpo_min import evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min.lab import compare
+from grpo_min.lab.processes import in_own_process
 from grpo_min.model import ScalarGPT
-from grpo_min.runs import load_checkpoint, load_model, read_csv
+from grpo_min.run import bpe, log
+from grpo_min.run.checkpoint import load_checkpoint, load_model
+from grpo_min.run.config import UserError, parse, run_command
+from grpo_min.run.table import read_csv
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 ROOT = Path(__file__).parent.parent
-LOOPS = pytest.mark.parametrize("command", [grpo, ppo], ids=["grpo", "ppo"])
+RL = [grpo, ppo, variants]
+LOOPS = pytest.mark.parametrize("command", RL, ids=["grpo", "ppo", "variants"])
 
 
 def commands():
-    """{name: (module, its config class)} of every module that has a main()."""
+    """{what follows python -m: (the module with its main(), its config class)} of every command of the package."""
     found = {}
-    for path in sorted((ROOT / "grpo_min").glob("*.py")):
-        if "def main(" in path.read_text(encoding="utf-8"):
-            module = importlib.import_module(f"grpo_min.{path.stem}")
-            own = [thing for thing in vars(module).values() if getattr(thing, "__module__", "") == module.__name__]
-            found[path.stem] = module, next(thing for thing in own if dataclasses.is_dataclass(thing))
+    for path in sorted((ROOT / "grpo_min").glob("**/*.py")):
+        if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8"):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            module = bpe if name == "grpo_min.tokenizer" else importlib.import_module(name)
+            config = re.search(r"\bparse\((\w+)", Path(module.__file__).read_text(encoding="utf-8"))[1]
+            found[name.removesuffix(".__main__")] = module, getattr(module, config)
     return found
 
 
 COMMANDS = commands()
+EVERY = pytest.mark.parametrize("name", COMMANDS)
+
+
+def first_words(name):
+    """What a command wants before its options."""
+    return ["tuning"] if name == "grpo_min.lab.studies" else []
 
 
 def arguments(command, folder, **more):
     """A short run of a stage on tiny files, as words of a command line; options in `more` come last and win."""
     options = dict(run=folder / "run", steps=2, device="cpu")
-    if command in (grpo, ppo):
+    if command in RL:
         options.update(sft=folder / "sft.pt", prompts=folder / "prompts.jsonl", prompts_per_step=4, group_size=3,
                        max_new_tokens=6)
         tiny.prompts(folder / "prompts.jsonl")
@@ -102,16 +117,26 @@ def works(command, folder, *words, **options):
 # --- help ---------------------------------------------------------------------------------------------------------
 
 def test_the_commands_are_all_found():
-    assert set("pretrain sft reward_model grpo ppo evaluate sample compare __main__".split()) <= set(COMMANDS)
+    core = "tokenizer pretrain sft reward_model grpo ppo variants evaluate sample".split()
+    lab = "compare studies page benchmark label publish".split()
+    assert set(COMMANDS) == {"grpo_min", *(f"grpo_min.{name}" for name in core),
+                             *(f"grpo_min.lab.{name}" for name in lab)}
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_names_every_option_its_meaning_and_its_default(name, capsys):
-    module, config = COMMANDS[name]
+def start_here(name, words, monkeypatch):
+    """python -m NAME words, in this process -> the exit code."""
+    monkeypatch.setattr(sys, "argv", [name, *words])
     with pytest.raises(SystemExit) as stopped:
-        module.main(["--help"])
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    return stopped.value.code
+
+
+@EVERY
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_help_names_every_option_its_meaning_and_its_default(name, capsys, monkeypatch):
+    _, config = COMMANDS[name]
+    assert start_here(name, ["--help"], monkeypatch) == 0
     shown = "".join(capsys.readouterr().out.split())                     # argparse breaks lines where it likes
-    assert stopped.value.code == 0
     assert "".join(config.__doc__.split()) in shown
     for field in dataclasses.fields(config):
         assert "--" + field.name.replace("_", "-") in shown
@@ -119,12 +144,28 @@ def test_help_names_every_option_its_meaning_and_its_default(name, capsys):
         assert all(choice in shown for choice in field.metadata["choices"] or [])
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_unknown_option(name, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: COMMANDS[name][0].main(["--no-such-option", "1"]))
-    told = capsys.readouterr().err
-    assert stopped.value.code == 2 and "--no-such-option" in told and told.count("\n") == 1
+@EVERY
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_unknown_option(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in ["--no-such-option", "1"], ["--no-such-option"], ["--no-such-option=1"]:
+        assert start_here(name, [*first_words(name), *words], monkeypatch) == 2
+        told = capsys.readouterr()
+        assert "--no-such-option" in told.err and told.err.count("\n") == 1 and told.out == ""
+        assert told.err.startswith("error: ")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["grpo_min.lab.studies", "grpo_min.lab.page"])
+def test_a_first_word_that_is_missing_or_wrong(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in [], ["nothing_of_this_name"], ["--out", "x"]:
+        with pytest.raises(SystemExit) as stopped:
+            run_command(lambda: COMMANDS[name][0].main(words))
+        told = capsys.readouterr().err
+        assert stopped.value.code == 2 and told.startswith("error: ") and told.count("\n") == 1
+        assert "nothing_of_this_name" in told or "name" in told
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("words", ["--steps many", "--lr fast", "--kl k4", "--step 3", "--device tpu", "--seed"])
@@ -136,18 +177,36 @@ def test_values_that_argparse_refuses(command, words, capsys):
     assert stopped.value.code == 2 and words.split()[0] in told and told.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", [name for name, (_, config) in COMMANDS.items() if hasattr(config, "run")])
+@pytest.mark.parametrize("name", [name for name, (module, config) in COMMANDS.items()
+                                  if hasattr(config, "run") and module is not bpe])
 def test_the_command_to_go_on_with_is_one_that_works(name, monkeypatch):
     # What Ctrl-C prints is taken apart as a shell would, with a folder whose name holds a space, and parsed again.
     module, config = COMMANDS[name]
-    study = ["tuning"] if name == "study" else []
     started = types.SimpleNamespace(__spec__=types.SimpleNamespace(name=module.__name__))
     monkeypatch.setitem(sys.modules, "__main__", started)
-    monkeypatch.setattr(sys, "argv", [module.__file__, *study, "--run", "runs/my run"])
-    words = shlex.split(runs.resume_command())
-    assert words[:3] == ["python", "-m", "grpo_min" if name == "__main__" else f"grpo_min.{name}"]
-    parsed = parse(config, words[3 + len(study):])
+    monkeypatch.setattr(sys, "argv", [module.__file__, *first_words(name), "--run", "runs/my run"])
+    words = shlex.split(log.resume_command())
+    assert words[:3] == ["python", "-m", name]
+    parsed = parse(config, words[3 + len(first_words(name)):])
     assert parsed.run == "runs/my run" and getattr(parsed, "resume", True) is True
+
+
+@pytest.mark.parametrize("words", [
+    "lab.benchmark --rounds 0", "lab.benchmark --rounds -1", "lab.benchmark --steps 1", "lab.benchmark --against jax",
+    "lab.benchmark --out FILE", "lab.compare --rewards correct --run FILE", "lab.label --pairs 0",
+    "lab.label --pairs 1 --preferences FILE/x", "lab.page FILE", "lab.studies tuning --seeds few",
+    "lab.publish --run", " --preset tpu", " --run FILE", " --quick 3",
+    "tokenizer --vocab-size 262 --run FILE", "variants --recipe ppo", "variants --run FILE"])
+def test_mistakes_around_the_pipeline(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").write_text("here already")
+    name, *words = words.split(" ")
+    with pytest.raises(SystemExit) as stopped:
+        run_command(lambda: COMMANDS[f"grpo_min.{name}".rstrip(".")][0].main(words))
+    told = capsys.readouterr().err
+    assert stopped.value.code in (1, 2) and told.startswith("error: ") and told.count("\n") == 1, told
+    assert words[-1].split("/")[0] in told or words[-2].strip("-") in told
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"] and Path("FILE").read_text() == "here already"
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -170,7 +229,7 @@ BAD_LINES = {
     "field missing": b'{"question": "a"}\n', "prompt is a number": json.dumps(dict(GOOD, prompt=3)).encode() + b"\n",
     "prompt is null": json.dumps(dict(GOOD, prompt=None)).encode() + b"\n", "not UTF-8": b'{"prompt": "\xff\xfe"}\n',
     "blank": b"\n", "nested too deep": b"[" * 100_000 + b"\n", "enormous number": b'{"n": ' + b"1" * 5000 + b"}\n",
-    "10 MB, not JSON": b'{"prompt": "' + b"a cow " * 1_700_000,
+    "2 MB, not JSON": b'{"prompt": "' + b"a cow " * 340_000,
 }
 
 
@@ -183,8 +242,8 @@ def test_a_bad_line_of_a_data_file_is_named(bad, refused, tmp_path):
         assert "data.jsonl" in error and "line 21" in error, error
 
 
-def test_a_line_of_10_mb_is_named_too(refused, tmp_path):
-    path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [dict(GOOD, prompt="a cow " * 1_700_000)])
+def test_a_line_of_2_mb_is_named_too(refused, tmp_path):
+    path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [dict(GOOD, prompt="a cow " * 340_000)])
     for command, option in DATA_OPTIONS[:4]:
         error = refused(command, **{option: path})
         assert "data.jsonl" in error and "line 21" in error and "context" in error, error
@@ -273,8 +332,8 @@ def test_completions_are_too_long_for_the_context(command, refused):
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
-CHECKPOINT_OPTIONS = [(grpo, "sft"), (ppo, "sft"), (sft, "base"), (reward_model, "sft"), (sample, "checkpoint"),
-                      (evaluate, "checkpoint"), (compare, "sft")]
+CHECKPOINT_OPTIONS = [(grpo, "sft"), (ppo, "sft"), (variants, "sft"), (sft, "base"), (reward_model, "sft"),
+                      (sample, "checkpoint"), (evaluate, "checkpoint"), (compare, "sft")]
 
 
 class HoldsCode:
@@ -315,6 +374,8 @@ BAD_CHECKPOINTS = {
     "no weights": changed(model=None), "config of another version": changed(config=dict(vocab_size=600, rotary=True)),
     "config without vocabulary": changed(config=dict(width=16)), "config no dict": changed(config=[1]),
     "unknown kind": changed(kind="LSTM"),
+    "no tokenizer, as in earlier versions": changed(tokenizer=None), "tokenizer no dict": changed(tokenizer=[1]),
+    "damaged tokenizer": changed(tokenizer=dict(tiny.TOKENIZER.to_dict(), ranks={})),
     "pickled code": lambda path: path.write_bytes(pickle.dumps(HoldsCode(f"{path}.ran"))),
     "code in torch's format": lambda path: torch.save(dict(kind="GPT", model=HoldsCode(f"{path}.ran")), path),
 }
@@ -351,7 +412,7 @@ def test_a_group_of_one_has_no_baseline(refused):
     assert "group" in refused(grpo, group_size=1)
 
 
-def test_ppo_does_without_groups(tmp_path):
+def test_ppo_does_without_groups(tmp_path, curves):
     works(ppo, tmp_path, group_size=1)
     assert len(read_csv(tmp_path / "run/metrics.csv")) == 2
 
@@ -368,26 +429,27 @@ def test_kl_in_the_reward_needs_k1(command, refused):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [name for name, (_, config) in COMMANDS.items() if hasattr(config, "device")])
 def test_no_cuda_device(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    module, config = COMMANDS[name]
-    if not hasattr(config, "device"):
-        pytest.skip("computes nothing")
-    words = ["tuning"] if name == "study" else []
     with pytest.raises(SystemExit) as stopped:
-        run_command(lambda: module.main(words + ["--device", "cuda"]))
+        run_command(lambda: COMMANDS[name][0].main([*first_words(name), "--device", "cuda"]))
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and error.startswith("error: ") and "CUDA" in error and error.count("\n") == 1
     assert not any(tmp_path.iterdir())
 
 
+def test_commands_that_compute_nothing_have_no_device():
+    assert {name for name, (_, config) in COMMANDS.items() if not hasattr(config, "device")} == {
+        "grpo_min.tokenizer", "grpo_min.lab.page", "grpo_min.lab.publish"}
+
+
 NO_NUMBERS = [    # (commands, option, values that make no sense)
-    ((grpo, ppo), "steps", [0, -1]), ((grpo, ppo), "prompts_per_step", [0, -4]), ((grpo, ppo), "group_size", [0, -3]),
-    ((grpo, ppo), "epochs", [0, -1]), ((grpo, ppo), "minibatches", [0, -1]), ((grpo, ppo), "max_new_tokens", [0, -1]),
-    ((grpo, ppo), "lr", [0, -1, "nan"]), ((grpo, ppo), "temperature", [0, -1, "nan"]),
-    ((grpo, ppo), "beta", [-1, "nan"]), ((grpo, ppo), "max_grad_norm", [0, -1]),
-    ((grpo, ppo), "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
+    (RL, "steps", [0, -1]), (RL, "prompts_per_step", [0, -4]), (RL, "group_size", [0, -3]),
+    (RL, "epochs", [0, -1]), (RL, "minibatches", [0, -1]), (RL, "max_new_tokens", [0, -1]),
+    (RL, "lr", [0, -1, "nan"]), (RL, "temperature", [0, -1, "nan"]),
+    (RL, "beta", [-1, "nan"]), (RL, "max_grad_norm", [0, -1]),
+    (RL, "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
     ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]),
     ((pretrain, sft, reward_model), "steps", [0, -1]), ((pretrain, sft, reward_model), "batch_size", [0, -4]),
     ((pretrain, sft, reward_model), "lr", [0, -1, "nan"]), ((pretrain, sft, reward_model), "warmup", [0, -1]),
@@ -396,7 +458,9 @@ NO_NUMBERS = [    # (commands, option, values that make no sense)
     ((sample,), "max_new_tokens", [0, -1]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
     ((evaluate,), "temperature", [0, -1, "nan"]), ((compare,), "seeds", [0, -1]), ((compare,), "steps", [-1]),
     ((compare,), "eval_prompts", [0, -1]), ((compare,), "rewards", ["", "corect"]),
-    ((compare,), "algorithms", ["", "PPO2"]),
+    ((compare,), "algorithms", ["", "PPO2"]), ((compare,), "max_new_tokens", [0, -1]),
+    ((compare,), "lr_factor", [0, -1, "nan"]), ((variants,), "clip_eps_high", [-0.1, "nan"]),
+    ((variants,), "recipe", ["no_such_recipe"]), ((variants,), "ratio", ["word"]),
 ]
 
 
@@ -421,7 +485,7 @@ def test_run_folder_that_cannot_be_made(command, refused, tmp_path):
 def test_disk_is_full(command, name, tmp_path, capsys, monkeypatch):
     def full(path, *arguments, **keywords):
         return open("/dev/full" if Path(path).name == name else path, *arguments, **keywords)
-    monkeypatch.setattr(runs, "open", full, raising=False)
+    monkeypatch.setattr(log, "open", full, raising=False)
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: works(command, tmp_path))
     error = capsys.readouterr().err
@@ -443,11 +507,11 @@ def test_a_context_that_is_too_short_to_evaluate(domain, refused, tmp_path):
 # --- divergence ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [6, 1])
-@pytest.mark.parametrize("command", [grpo, ppo, sft, pretrain, reward_model])
+@pytest.mark.parametrize("command", [grpo, ppo, variants, sft, pretrain, reward_model])
 def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
+    monkeypatch.setattr(log, "SAVE_EVERY", 0)
     more = dict(warmup=1)
-    if command in (grpo, ppo):
+    if command in RL:
         more = dict(reward="learned", reward_model=tiny.reward_checkpoint(tmp_path / "r.pt"))
     with pytest.raises(SystemExit) as stopped:
         run_command(lambda: works(command, tmp_path, lr="3e38", steps=steps, **more))
@@ -456,7 +520,7 @@ def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, cap
     assert "learning rate" in error
     checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
-    load_model(tmp_path / "run/checkpoint.pt", "ScalarGPT" if command is reward_model else "GPT")
+    load_model(tmp_path / "run/checkpoint.pt", kind="ScalarGPT" if command is reward_model else "GPT")
 
 
 # --- run folders --------------------------------------------------------------------------------------------------
@@ -557,46 +621,55 @@ def test_a_mistake_in_a_shell(tmp_path):
 
 
 def test_ctrl_c_in_a_shell_and_what_it_says_to_go_on(tmp_path):
-    process = start(["grpo_min.grpo", *arguments(grpo, tmp_path, run=tmp_path / "my run", steps=120)], tmp_path)
-    while not process.stdout.readline().startswith("step 1/120"):
+    process = start(["grpo_min.grpo", *arguments(grpo, tmp_path, run=tmp_path / "my run", steps=150)], tmp_path)
+    while not process.stdout.readline().startswith("step 1/150"):
         assert process.poll() is None, process.stderr.read()
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in error
+    assert error.splitlines()[-1] == "error: stopped by Ctrl-C"
     command = next(line for line in error.splitlines() if "go on with: " in line).split("go on with: ")[1]
-    python, dash_m, *words = shlex.split(command)
     done = load_checkpoint(tmp_path / "my run/checkpoint.pt")["step"]
-    assert (python, dash_m) == ("python", "-m") and 0 < done < 120
-    process = start(words, tmp_path)
-    out, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error
-    assert f"step {done + 1}/120" in out and "step 1/120" not in out
-    assert [row["step"] for row in read_csv(tmp_path / "my run/metrics.csv")] == list(range(120))
+    python, dash_m, name, *words = shlex.split(command)
+    assert (python, dash_m, name) == ("python", "-m", "grpo_min.grpo") and 0 < done < 150
+    grpo.main(words)
+    rows = read_csv(tmp_path / "my run/metrics.csv")
+    assert [row["step"] for row in rows] == list(range(150)) and not (tmp_path / "my run.1").exists()
+    assert load_checkpoint(tmp_path / "my run/checkpoint.pt")["step"] == 150
 
 
 # --- processes beside each other ----------------------------------------------------------------------------------
 
-def test_ctrl_c_stops_runs_beside_each_other_and_the_same_command_goes_on(tmp_path):
-    words = ["grpo_min.compare", *arguments(compare, tmp_path, rewards="correct", algorithms="GRPO", steps=400)]
-    process = start(words, tmp_path, start_new_session=True)
-    while "step 1/400" not in process.stdout.readline():
+def test_ctrl_c_stops_runs_beside_each_other_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys):
+    words = arguments(compare, tmp_path, rewards="correct", algorithms="GRPO", steps=400)
+    process = start(["grpo_min.lab.compare", *words], tmp_path, start_new_session=True)
+    while not process.stdout.readline().startswith("grpo-correct-1: step 1/400"):
         assert process.poll() is None, process.stderr.read()
     os.killpg(process.pid, signal.SIGINT)                                   # as a terminal does: to all of them
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130 and "Traceback" not in error, error
+    assert error.splitlines()[-1] == "stopped"
     run = tmp_path / "run/grpo-correct-1"
     done = load_checkpoint(run / "checkpoint.pt")["step"]
     assert 0 < done < 400 and len(read_csv(run / "metrics.csv")) == done
-    process = start(words, tmp_path, start_new_session=True)
-    lines = iter(process.stdout.readline, "")
-    assert next(line for line in lines if "/400" in line).startswith(f"grpo-correct-1: step {done + 1}/400")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    # The same command, in this process, up to the first step that it takes.
+    step_done, steps = log.Run.step_done, []
+
+    def stopping(run, step, *rest):
+        steps.append(step)
+        run.stopped = True
+        return step_done(run, step, *rest)
+    monkeypatch.setattr(log.Run, "step_done", stopping)
+    monkeypatch.setattr(compare, "beside_each_other", tiny.one_after_the_other)
+    with pytest.raises(UserError, match="Ctrl-C"):
+        compare.main(words)
+    assert steps == [done] and f"step {done + 1}/400" in capsys.readouterr().out
+    assert load_checkpoint(run / "checkpoint.pt")["step"] == done + 1 and not Path(f"{run}.1").exists()
 
 
 def test_a_call_in_a_process_of_its_own():
-    assert compare.in_own_process(torch.get_num_threads) == 1
+    assert in_own_process(torch.get_num_threads) == 1
     with pytest.raises(UserError, match="--steps must be above 0"):                        # a mistake comes back as one
-        compare.in_own_process(sft.train, sft.SFTConfig(run="", steps=0))
+        in_own_process(sft.train, sft.SFTConfig(run="", steps=0))
     with pytest.raises(UserError, match="killed"):
-        compare.in_own_process(os._exit, 1)
+        in_own_process(os._exit, 1)

@@ -49,7 +49,7 @@ def test_one_command_reproduces_every_file(root, tmp_path):
     environment = dict(os.environ, PYTHONHASHSEED="12345")
     subprocess.run([sys.executable, "-m", "data.prepare", "--out", tmp_path], cwd=root, env=environment, check=True)
     written = {path.name: path for path in tmp_path.iterdir()}
-    kept = {path.name for path in (root / "data").iterdir() if path.suffix in (".jsonl", ".txt", ".tiktoken")}
+    kept = {path.name for path in (root / "data").iterdir() if path.suffix in (".jsonl", ".txt", ".json")}
     assert set(written) == kept
     for name, path in written.items():
         assert path.read_bytes() == (root / "data" / name).read_bytes(), name
@@ -57,7 +57,7 @@ def test_one_command_reproduces_every_file(root, tmp_path):
 
 def test_small_enough_to_commit(root):
     files = [path for path in (root / "data").rglob("*") if path.is_file() and "checkpoints" not in path.parts]
-    assert sum(path.stat().st_size for path in files) < 5_000_000
+    assert sum(path.stat().st_size for path in files) < 6_000_000
 
 
 # --- arithmetic ---------------------------------------------------------------------------------------------------
@@ -129,6 +129,17 @@ def test_animal_splits_share_facts_but_no_prompt(rows):
     for part in parts[1:]:
         assert {(row["animal"], row["attribute"]) for row in part} == facts
     assert len(parts[0]) == 15 * len(facts)                     # train asks for every fact in 15 phrasings
+
+
+def test_facts_of_the_training_prompts_are_theirs_and_no_loop_reads_them(rows, root):
+    facts = rows("animals_train_facts")
+    assert [row["prompt"] for row in facts] == [row["prompt"] for row in rows("animals_train")]
+    for row in facts:
+        assert FACTS[row["animal"]]["plural"] in row["prompt"] or row["animal"] in row["prompt"]
+        questions = [template.partition("{")[0] for template in QUESTIONS[row["attribute"]]]
+        assert any(question in row["prompt"] for question in questions)
+    for path in (root / "grpo_min").glob("*.py"):
+        assert "animals_train_facts" not in path.read_text("utf-8"), path
 
 
 def test_demonstrations_and_preferences_keep_to_their_split(rows):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from grpo_min import grpo, ppo
+from grpo_min.rollout import Rollout
 
 LETTERS, END, LONGEST = (0, 1), 2, 3       # tokens 0 and 1 go on, 2 ends
 STATES = [state for n in range(LONGEST) for state in itertools.product(LETTERS, repeat=n)]       # 1 + 2 + 4 prefixes
@@ -103,7 +104,8 @@ def with_critic(values, rewards, lam=1.0):
     """PPO's loss of a group, with these values of the states."""
     def loss(logprobs, rows):
         mask = MASK[rows]
-        charged = ppo.at_last_token(rewards[rows], mask)                                         # (G, 3)
+        rollout = Rollout(IDS[rows], mask, logprobs, None)
+        charged = rollout.at_last_token(rewards[rows])                                           # (G, 3)
         advantages, _ = ppo.gae(charged, values[AT[rows]].masked_fill(~mask, 0), mask, 1.0, lam)
         return clipped(logprobs, advantages, rows, ppo.policy_loss)
     return loss
@@ -250,9 +252,12 @@ def reference():
 
 
 def as_a_loss(logits, reference, kind):
-    """The expected gradient of beta = 1 times the loops' penalty."""
-    penalty = (grpo.kl_estimate(logprobs_of(logits), logprobs_of(reference), kind) * MASK).sum(1)        # (C,)
-    return torch.autograd.grad((probabilities(logits).detach() * penalty).sum(), logits)[0]
+    """The expected gradient of the loops' loss with beta = 1 and no advantages: that of the penalty alone."""
+    logprobs, zeros = logprobs_of(logits), torch.zeros(1, LONGEST)                                       # (C, 3)
+    penalty = grpo.kl_estimate(logprobs, logprobs_of(reference), kind)                                   # (C, 3)
+    of_each = torch.stack([grpo.policy_loss(logprobs[c:c + 1], logprobs[c:c + 1].detach(), zeros, MASK[c:c + 1], 0.2,
+                                            penalty[c:c + 1]) for c in range(C)])                        # (C,)
+    return torch.autograd.grad((probabilities(logits).detach() * of_each).sum(), logits)[0]
 
 
 def in_the_reward(logits, reference, kind):

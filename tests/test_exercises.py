@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from grpo_min.config import UserError
+from grpo_min.run.config import UserError
 from tests.exercise_mutants import (ANSWERS, FROM_MUTANTS, NAMES, OWN, REPAIRS, TASKS, from_mutants, repaired,
                                     task_with)
 from tutorials.exercises import bugs, check, checks, swap
@@ -43,14 +43,15 @@ def test_solution_passes_and_stub_fails(number):
     assert verdict in ("not begun", "wrong") and reason
 
 
-FOUND = list(from_mutants())
+MUTATED = list(from_mutants())
 
 
 def test_each_mutant_of_these_functions_is_a_wrong_answer():
-    assert {line for _, line, _ in FOUND} == WORDS.keys() and len(FOUND) >= len(WORDS)
+    assert {line for _, line, _ in MUTATED} == WORDS.keys() and len(MUTATED) >= len(WORDS)
 
 
-@pytest.mark.parametrize("number, line, function", FOUND, ids=[f"{number}-{line[:50]}" for number, line, _ in FOUND])
+@pytest.mark.parametrize("number, line, function", MUTATED,
+                         ids=[f"{number}-{line[:50]}" for number, line, _ in MUTATED])
 def test_wrong_line_is_named(number, line, function):
     assert WORDS[line] in message(number, with_function(number, function))
 
@@ -70,13 +71,13 @@ def test_task_that_is_none_is_named(word, changes):
     assert word in message(12, task_with(**changes))
 
 
-@pytest.mark.parametrize("number, word, of, line, instead", REPAIRS, ids=[f"{row[0]}-{row[1]}" for row in REPAIRS])
-def test_repair_that_is_none_is_named(number, word, of, line, instead):
-    assert word in message(number, repaired(number, of, line, instead))
+@pytest.mark.parametrize("number, word, kind, line, instead", REPAIRS, ids=[f"{row[0]}-{row[1]}" for row in REPAIRS])
+def test_repair_that_is_none_is_named(number, word, kind, line, instead):
+    assert word in message(number, repaired(number, kind, line, instead))
 
 
 def test_every_exercise_has_wrong_answers():
-    counted = Counter(number for number, *_ in [*ANSWERS, *FOUND, *REPAIRS])
+    counted = Counter(number for number, *_ in [*ANSWERS, *MUTATED, *REPAIRS])
     counted.update({11: len(OWN), 12: len(TASKS)})
     assert NUMBERS == list(range(1, 20)) and min(counted[number] for number in NUMBERS) >= 3
 
@@ -93,7 +94,7 @@ def reader(tmp_path, monkeypatch):
     return reader
 
 
-def said(capsys, *argv):
+def command(capsys, *argv):
     """Run the command -> its exit status and what it printed."""
     try:
         check.main(list(argv))
@@ -104,13 +105,13 @@ def said(capsys, *argv):
 
 
 def test_command_says_pass_wrong_or_not_begun(capsys, reader):
-    status, out = said(capsys, "1", "--solution")
+    status, out = command(capsys, "1", "--solution")
     assert status == 0 and "pass" in out
     reader("raise NotImplementedError")
-    assert said(capsys, "1") == (1, "1 group advantages: not begun\nwrite ex01_group_advantages.py, and replace "
+    assert command(capsys, "1") == (1, "1 group advantages: not begun\nwrite ex01_group_advantages.py, and replace "
                                     "`raise NotImplementedError`\n")
     reader("return rewards - rewards.mean()")
-    status, out = said(capsys, "1")
+    status, out = command(capsys, "1")
     assert status == 1 and "do not sum to zero within group 1: did you average over the whole batch?" in out
 
 
@@ -123,19 +124,19 @@ def test_command_says_pass_wrong_or_not_begun(capsys, reader):
 ])
 def test_a_crash_names_the_readers_line_and_shows_no_traceback(capsys, reader, body, words):
     reader(body)
-    status, out = said(capsys, "1")
+    status, out = command(capsys, "1")
     assert status == 1 and all(word in out for word in words) and "Traceback" not in out and len(out) < 400
 
 
 def test_missing_names_and_other_arguments_are_told(capsys, reader):
     reader("return rewards", head="def advantages(rewards, group_size):")
-    assert "has no `group_advantages`" in said(capsys, "1")[1]
+    assert "has no `group_advantages`" in command(capsys, "1")[1]
     reader("return rewards", head="def group_advantages(rewards):")
-    assert "takes 1 positional argument" in said(capsys, "1")[1]
+    assert "takes 1 positional argument" in command(capsys, "1")[1]
 
 
 def test_overview_has_a_line_for_each(capsys):
-    status, out = said(capsys)
+    status, out = command(capsys)
     lines = out.splitlines()
     assert status == 0 and [int(line.split()[0]) for line in lines] == NUMBERS
     assert all("not begun" in line or "wrong" in line for line in lines), "none is solved in what is committed"
@@ -150,7 +151,7 @@ def test_mistakes_on_the_command_line(argv, words):
 
 def test_hints(capsys):
     for number in NUMBERS:
-        text = said(capsys, str(number), "--hint")[1]
+        text = command(capsys, str(number), "--hint")[1]
         assert ("top of" in text) == (number < bugs.FIRST) and len(text) > 20
     assert checks.HINTS.keys() == {number for number in NUMBERS if number >= bugs.FIRST}
 
@@ -179,20 +180,20 @@ def test_every_exercise_but_the_task_is_swapped_and_its_part_is_used(small):
 
     def call(*arguments, **keywords):
         raise Called
-    for number, found in swap.SWAPS.items():
+    for number, exercise in swap.SWAPS.items():
         names = {name: call for name, thing in vars(check.load(solution_path(number))).items() if callable(thing)}
         with pytest.raises(Called):
-            swap.run(found, types.SimpleNamespace(**names), 2)
+            swap.run(exercise, types.SimpleNamespace(**names), 2)
 
 
 def test_train_draws_both_curves(capsys, small, tmp_path):
-    status, out = said(capsys, "1", "--solution", "--train", "--steps", "2", "--out", str(tmp_path))
+    status, out = command(capsys, "1", "--solution", "--train", "--steps", "2", "--out", str(tmp_path))
     assert status == 0 and "coincide" in out and (tmp_path / "ex01.png").stat().st_size > 5000
 
 
 def test_a_wrong_answer_is_trained_all_the_same(capsys, small, reader, tmp_path):
     reader("return -rewards")
-    status, out = said(capsys, "1", "--train", "--steps", "2", "--out", str(tmp_path))
+    status, out = command(capsys, "1", "--train", "--steps", "2", "--out", str(tmp_path))
     assert status == 1 and "Mean of the last 2 steps" in out and (tmp_path / "ex01.png").exists()
 
 
@@ -203,9 +204,9 @@ def test_a_crash_in_the_loop_names_the_readers_line(small, reader, tmp_path):
 
 
 def test_own_reward_and_own_task_are_trained(capsys, small, tmp_path):
-    status, out = said(capsys, "11", "--solution", "--train", "--steps", "1", "--out", str(tmp_path))
+    status, out = command(capsys, "11", "--solution", "--train", "--steps", "1", "--out", str(tmp_path))
     assert status == 0 and "What the trained policy says" in out and (tmp_path / "ex11.png").exists()
-    status, out = said(capsys, "12", "--solution", "--train", "--steps", "1", "--out", str(tmp_path))
+    status, out = command(capsys, "12", "--solution", "--train", "--steps", "1", "--out", str(tmp_path))
     assert status == 0 and "after fine-tuning" in out and (tmp_path / "ex12.png").exists()
 
 

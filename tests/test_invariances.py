@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from grpo_min import ppo
 from grpo_min.model import GPT
 from grpo_min.rollout import Prompts, Rollout
-from grpo_min.runs import load_model
-from grpo_min.tokenizer import END, PAD
+from grpo_min.run.checkpoint import load_model
 from tests import tiny
-from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
+from tests.tiny import END, LOOPS, PAD, TOKENIZER, letter_e, recorded_rollouts, settings
 
 TEMPERATURE, BETA, SHIFT = 0.7, 0.1, 0.5
 
@@ -97,10 +96,10 @@ def gradients(tmp_path, monkeypatch, double):
 
 def row_by_row(loop, batch, folder):
     """The same gradients from plain sequences: -A log pi, the k3 penalty, and the critic's squared error."""
-    policy = load_model(str(folder / "sft.pt"), "GPT")
-    reference, critic = copy.deepcopy(policy), load_model(str(folder / "reward_model.pt"), "ScalarGPT")
+    policy = load_model(folder / "sft.pt")
+    reference, critic = copy.deepcopy(policy), load_model(folder / "reward_model.pt", kind="ScalarGPT")
     loss, B, G = 0, len(batch.ids), len(batch.ids) // len(batch.order)
-    prompts = Prompts.from_texts([tiny.PROMPTS[i] for i in batch.order])
+    prompts = Prompts.from_texts([tiny.PROMPTS[i] for i in batch.order], TOKENIZER)
     for b in range(B):
         P, n = int(prompts.length[b // G]), int(batch.mask[b].sum())
         ids = torch.cat([prompts.ids[b // G, :P], batch.ids[b, :n]])[None]                       # (1, P + n)
@@ -151,9 +150,10 @@ def test_first_update_is_the_policy_gradient_and_later_ones_are_not(loop, tmp_pa
     """With the batch's own policy the ratio is exactly 1, clipped or not; then the policy has moved."""
     ratios, differences = [], []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
-        objective = loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
-        found, = torch.autograd.grad(objective, logprobs, retain_graph=True)
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
+        objective = loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
+        surrogate = loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+        found, = torch.autograd.grad(surrogate, logprobs, retain_graph=True)
         ratios.append((logprobs - old_logprobs).exp()[mask])
         differences.append((found + advantages * mask / len(mask)).abs().max())
         return objective
@@ -243,6 +243,6 @@ def test_sampler_and_trainer_agree_after_updates_too(loop, temperature, tmp_path
 
 def test_the_critic_here_is_not_flat(tmp_path):
     """Or its gradients above would prove nothing."""
-    critic = load_model(tiny.reward_checkpoint(tmp_path / "reward_model.pt"), "ScalarGPT")
-    values = critic(Prompts.from_texts(tiny.PROMPTS[:2]), torch.randint(6, 500, (4, 5)))
+    critic = load_model(tiny.reward_checkpoint(tmp_path / "reward_model.pt"), kind="ScalarGPT")
+    values = critic(Prompts.from_texts(tiny.PROMPTS[:2], TOKENIZER), torch.randint(6, 500, (4, 5)))
     assert values.std() > 0.1

@@ -1,6 +1,6 @@
 """Nothing is lost: a run that is killed, again and again and at any moment, ends as if nothing had happened.
 
-Real processes get SIGKILL, after a random time or at a random line of runs.py, which is where files are written; some
+Real processes are ended by the kernel, after a random time or at a random line of the modules that write files; some
 die in the middle of writing a checkpoint. Each is resumed, and in the end the weights, the optimizers' states, the
 samples and every column of metrics.csv but seconds and memory equal those of an uninterrupted run to the bit.
 `python -m pytest -m slow` kills seven times as often.
@@ -12,18 +12,19 @@ import os
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch._dynamo  # noqa: F401 (the first optimizer imports it, for more than a second: once is enough)
 
-from grpo_min import grpo, ppo, runs
-from grpo_min.config import UserError
-from grpo_min.runs import load_checkpoint
+from grpo_min import grpo, ppo
+from grpo_min.run import checkpoint, files, log, plots, resume, table
+from grpo_min.run.checkpoint import load_checkpoint
+from grpo_min.run.config import UserError
 from tests.tiny import LOOPS, assert_same_run, letter_e, settings
 
 STEPS, KILLS = 40, 3
+WRITERS = {module.__file__ for module in (checkpoint, files, log, resume, table)}
 SEEDS = pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 8))])
 processes = multiprocessing.get_context("forkserver")       # each starts from a process that has imported torch already
 processes.set_forkserver_preload(["tests.test_killed"])
@@ -33,13 +34,26 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def die_after(number):
+    """(steps, seconds): so long after the beginning of that step an alarm goes off. Nothing handles it: the kernel ends
+    the process wherever it is, as it does at SIGKILL."""
+    steps, seconds = number
+    step_done = log.Run.step_done
+
+    def counted(run, step, *rest):
+        if step == steps:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        return step_done(run, step, *rest)
+    log.Run.step_done = counted
+
+
 def die_at_line(number):
-    """SIGKILL when so many lines of runs.py have run. Without a number: write how many there were, in the end."""
+    """SIGKILL when so many lines of WRITERS have run. Without a number: write how many there were, in the end."""
     count = 0
 
     def trace(frame, event, _):
         nonlocal count
-        if frame.f_code.co_filename != runs.__file__:
+        if frame.f_code.co_filename not in WRITERS:
             return None
         count += event == "line"
         if count == number:
@@ -72,48 +86,42 @@ def die_before_rename(number):
     os.replace = dying
 
 
-def child(name, config, deadly, number, log):
+def child(name, config, deadly, number, output):
     """What a process does: train, with a checkpoint in every step, and die where it is told."""
-    sys.stdout = sys.stderr = open(log, "a", buffering=1)
-    runs.SAVE_EVERY = 0
-    loop = {"grpo": grpo, "ppo": ppo}[name]
-    loop.plot_curves = lambda rows, path: None       # it takes longer than all the steps
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    log.SAVE_EVERY = 0
+    plots.plot_curves = lambda rows, path: None       # it takes longer than all the steps
     counted = deadly(number) if deadly else None
-    loop.train(config, reward=letter_e)
+    {"grpo": grpo, "ppo": ppo}[name].train(config, reward=letter_e)
     sys.settrace(None)
     if counted:
-        Path(f"{log}.lines").write_text(str(counted()))
+        Path(f"{output}.lines").write_text(str(counted()))
 
 
 def run(loop, config, deadly=None, number=None):
     """Train in a process of its own -> its exit code."""
-    process = start(loop, config, deadly, number)
+    process = processes.Process(target=child, args=(loop.__name__[9:], config, deadly, number, f"{config.run}.log"))
+    process.start()
     process.join()
     return process.exitcode
 
 
-def start(loop, config, deadly=None, number=None):
-    process = processes.Process(target=child, args=(loop.__name__[9:], config, deadly, number, f"{config.run}.log"))
-    process.start()
-    return process
-
-
-def killable(loop, folder, name):
-    return settings(loop, folder, run=str(folder / name), steps=STEPS, resume=True)
+def killable(loop, folder, steps=STEPS):
+    return settings(loop, folder, run=str(folder / "run"), steps=steps, resume=True)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """whole(loop) -> the folder of an uninterrupted run, and the lines of runs.py that it took."""
+    """whole(loop, steps) -> the folder of an uninterrupted run, and the lines of WRITERS that it took."""
     done = {}
 
-    def whole(loop):
-        if loop not in done:
+    def whole(loop, steps=STEPS):
+        if (loop, steps) not in done:
             folder = tmp_path_factory.mktemp("whole")
-            config = killable(loop, folder, "run")
+            config = killable(loop, folder, steps)
             assert run(loop, config, die_at_line, None) == 0
-            done[loop] = folder / "run", int(Path(f"{config.run}.log.lines").read_text())
-        return done[loop]
+            done[loop, steps] = folder / "run", int(Path(f"{config.run}.log.lines").read_text())
+        return done[loop, steps]
     return whole
 
 
@@ -122,24 +130,13 @@ def step_of(config):
     return load_checkpoint(path)["step"] if path.exists() else 0
 
 
-def rows(config):
-    path = Path(config.run) / "metrics.csv"
-    return max(path.read_bytes().count(b"\n") - 1, 0) if path.exists() else 0
-
-
 @LOOPS
 @SEEDS
 def test_killed_after_a_random_time(loop, seed, whole, tmp_path):
-    config, rng = killable(loop, tmp_path, "run"), random.Random(seed)
+    config, rng = killable(loop, tmp_path), random.Random(seed)
     for _ in range(KILLS):
-        enough = step_of(config) + rng.randrange(STEPS // KILLS - 5)
-        process = start(loop, config)
-        while process.is_alive() and rows(config) <= enough:
-            time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.03))
-        process.kill()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        moment = step_of(config) + rng.randrange(1, 8), rng.uniform(1e-5, 0.02)
+        assert run(loop, config, die_after, moment) == -signal.SIGALRM
     assert 0 < step_of(config) < STEPS
     assert run(loop, config) == 0
     assert_same_run(whole(loop)[0], tmp_path / "run")
@@ -149,7 +146,7 @@ def test_killed_after_a_random_time(loop, seed, whole, tmp_path):
 @SEEDS
 def test_killed_at_a_random_line(loop, seed, whole, tmp_path):
     expected, lines = whole(loop)
-    config, rng = killable(loop, tmp_path, "run"), random.Random(seed)
+    config, rng = killable(loop, tmp_path), random.Random(seed)
     numbers = [rng.randrange(1, 60), rng.randrange(lines // 2), rng.randrange(1, 60), rng.randrange(lines // 3)]
     for number in numbers:                                # two of them while the run begins, or begins again
         assert run(loop, config, die_at_line, number) == -signal.SIGKILL
@@ -163,17 +160,17 @@ def test_killed_at_a_random_line(loop, seed, whole, tmp_path):
 @pytest.mark.parametrize("number", [1, 2, 3, 9])
 def test_killed_while_a_file_is_written(loop, deadly, number, whole, tmp_path):
     """The first files are config.json and the checkpoint of step 0."""
-    config = killable(loop, tmp_path, "run")
+    config = killable(loop, tmp_path, steps=10)
     assert run(loop, config, deadly, number) == -signal.SIGKILL
     assert run(loop, config) == 0
-    assert_same_run(whole(loop)[0], tmp_path / "run")
+    assert_same_run(whole(loop, steps=10)[0], tmp_path / "run")
 
 
 # --- the disk is full ---------------------------------------------------------------------------------------------
 
 @LOOPS
-def test_disk_is_full_when_a_checkpoint_is_written(loop, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
+def test_disk_is_full_when_a_checkpoint_is_written(loop, tmp_path, monkeypatch, no_curves):
+    monkeypatch.setattr(log, "SAVE_EVERY", 0)
     whole, full = (settings(loop, tmp_path, run=str(tmp_path / name), steps=6) for name in ("a", "b"))
     loop.train(whole, reward=letter_e)
     write, calls = Path.write_bytes, []
@@ -195,10 +192,9 @@ def test_disk_is_full_when_a_checkpoint_is_written(loop, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["metrics.csv", "samples.jsonl"])
-def test_last_line_of_a_file_is_torn(name, tmp_path, monkeypatch):
+def test_last_line_of_a_file_is_torn(name, tmp_path, monkeypatch, no_curves):
     """A full disk or a crash can leave any part of a line behind the last checkpoint's."""
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
-    monkeypatch.setattr(grpo, "plot_curves", lambda rows, path: None)
+    monkeypatch.setattr(log, "SAVE_EVERY", 0)
     whole, torn = (settings(grpo, tmp_path, run=str(tmp_path / folder), steps=14) for folder in ("a", "b"))
     grpo.train(whole, reward=letter_e)
 

@@ -17,12 +17,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_min import label, reward_model, runs
-from grpo_min.config import UserError, run_command
-from grpo_min.label import least_sure, on_screen, read_choices, sample_pairs, schedule
-from grpo_min.metrics import agreement, wilson
+from grpo_min import reward_model
+from grpo_min.evaluate import agreement, wilson
+from grpo_min.lab import label
+from grpo_min.lab.label import least_sure, on_screen, read_choices, sample_pairs, schedule
 from grpo_min.rewards import learned
-from grpo_min.runs import generator, load_model, read_csv
+from grpo_min.run import files
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import UserError, run_command
+from grpo_min.run.rng import generator
+from grpo_min.run.table import read_csv
 from tests import tiny
 
 ROOT = Path(__file__).parent.parent
@@ -70,9 +74,9 @@ class Terminal:
     def __init__(self, folder, **more):
         self.master, slave = pty.openpty()
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "grpo_min.label", *words(folder, **more)], stdin=slave, stdout=slave, stderr=slave,
-            cwd=folder, env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"),
-            start_new_session=True, preexec_fn=take_terminal)
+            [sys.executable, "-m", "grpo_min.lab.label", *words(folder, **more)], stdin=slave, stdout=slave,
+            stderr=slave, cwd=folder, start_new_session=True, preexec_fn=take_terminal,
+            env=dict(os.environ, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), PYTHONIOENCODING="utf-8"))
         os.close(slave)
         self.text = ""
 
@@ -256,7 +260,7 @@ def test_an_undo_that_fails_midway_loses_nothing(sit, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
     words(tmp_path)                                                  # writes the checkpoint
-    monkeypatch.setattr(runs.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     with pytest.raises(UserError, match="No space left"):
         sit("12u")
     assert len(rows(tmp_path)) == 2 and [path.name for path in tmp_path.glob("labels*")] == ["labels.jsonl"]
@@ -283,7 +287,7 @@ def test_the_seed_decides_what_is_shown(sit, tmp_path):
 def test_unsure_shows_the_smallest_margins_of_the_pool(sit, tmp_path, watch):
     path, sampled = tiny.reward_checkpoint(tmp_path / "r.pt"), watch(label, "sample_pairs")
     views, _ = sit("ssss", pick="unsure", reward_model=path, pool=5, pairs=4)
-    (_, pool), reward = sampled[0], learned(load_model(path, "ScalarGPT"))
+    (_, pool), reward = sampled[0], learned(load_model(path, kind="ScalarGPT"))
     margins = sorted((abs(reward([p], [a])[0] - reward([p], [b])[0]), p, on_screen(a), on_screen(b))
                      for p, a, b in pool)
     assert len(pool) == 20 and margins[-1][0] > margins[4][0] + 1e-3
@@ -303,7 +307,8 @@ def test_pairs_that_are_never_shown(monkeypatch):
             ("good", "better")]
     texts = [text for pair in said + said[:1] * 25 for text in pair]
     finished = torch.tensor([text != "cut" for text in texts])
-    monkeypatch.setattr(label, "sample", lambda *_: types.SimpleNamespace(texts=lambda: texts, finished=finished))
+    rollout = types.SimpleNamespace(texts=lambda tokenizer: texts, finished=finished)
+    monkeypatch.setattr(label, "sample", lambda *_: rollout)
     config = label.LabelConfig(max_new_tokens=12)
     known = [dict(prompt="p", chosen="old", rejected="new ")]
     pairs = sample_pairs(tiny.gpt(), ["p"], 9, known, config, generator(1, 0))
@@ -381,7 +386,7 @@ def test_a_reward_model_learns_from_a_few_choices_and_is_judged_on_others(sit, t
     ((model, back, path), _), = kept
     scores = [learned(model)([row["prompt"]] * 2, [row["chosen"], row["rejected"]]) for row in back]
     right = [chosen > rejected for chosen, rejected in scores]
-    assert 0 < len(back) < 8 and f"labels.jsonl it agrees in {agreement(right)}. That is" in out
+    assert 0 < len(back) < 8 and f"labels.jsonl it agrees in {agreement(right)}; a tossed coin" in out
     assert "by heart" not in out
     train(tmp_path, steps=21)
     assert "each of only 8 choices 21 times" in capsys.readouterr().out
@@ -393,7 +398,7 @@ def test_choices_kept_back_are_never_trained_on(tmp_path, watch):
     tiny.jsonl(tmp_path / "labels.jsonl", choices)
     read, back = watch(reward_model, "pad_completions"), watch(reward_model, "keep_back")
     train(tmp_path, holdout=0.3, batch_size=5, steps=12)
-    used = {text for (texts, _), _ in read for text in texts} - {"b"}
+    used = {text for (texts, *_), _ in read for text in texts} - {"b"}
     (trained, kept), again = back[0][1], back[1][1]
     assert (trained, kept) == again and used == {row["chosen"] for row in trained}
     assert len({row["prompt"] for row in kept}) == 2 and not used & {row["chosen"] for row in kept}
@@ -409,14 +414,13 @@ def test_shares_that_leave_nothing(share):
         reward_model.keep_back([dict(prompt=str(i)) for i in range(5)], share, 1)
 
 
-@pytest.mark.parametrize("right, verdict", [(5, "better"), (4, "not shown to be better"),
-                                            (0, "not shown to be better")])
-def test_the_verdict_on_five_choices(right, verdict, monkeypatch, capsys):
+@pytest.mark.parametrize("right, low", [(5, "57%"), (4, "38%"), (0, "0%")])
+def test_the_agreement_with_five_choices(right, low, monkeypatch, capsys):
     monkeypatch.setattr(reward_model, "learned", lambda _: lambda prompts, texts: [float(text) for text in texts])
     kept = [dict(prompt="p", chosen="1", rejected="0" if i < right else "1") for i in range(5)]    # a tie is no success
     reward_model.report_kept_back(None, kept, "mine.jsonl")
     out = capsys.readouterr().out
-    assert f"mine.jsonl it agrees in {right} of 5, " in out and f"That is {verdict} than tossing a coin." in out
+    assert f"mine.jsonl it agrees in {right} of 5, " in out and f"interval {low} to" in out and "coin" in out
 
 
 def test_wilson_interval():

@@ -1,6 +1,7 @@
 """GRPO and PPO as wholes, on a random GPT of some 15,000 weights: they learn, they move only what they should, and they
 resume to the bit. Whatever holds for both loops is tested on both, through the arguments that a reader may swap
-(reward, advantage, loss, kl, model, evaluate): what these functions are called with tells what the loop does.
+(reward, collect, advantage, loss, kl, model, evaluate, start_critic): what these functions are called with tells what
+the loop does.
 """
 import dataclasses
 import json
@@ -10,14 +11,20 @@ import signal
 import pytest
 import torch
 
-from tests import tiny
-from tests.tiny import LOOPS, assert_same_run, letter_e, recorded_rollouts, settings
-from grpo_min import grpo, ppo, pretrain, reward_model, runs, sft
-from grpo_min.config import UserError
+from grpo_min import grpo, ppo, pretrain, reward_model, sft
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
-from grpo_min.rollout import Prompts, pad_completions, token_logprobs
-from grpo_min.runs import load_checkpoint, load_model, read_csv
+from grpo_min.rollout import Prompts, Rollout, pad_completions, token_logprobs
+from grpo_min.run import fit, log
+from grpo_min.run.checkpoint import load_checkpoint, load_model
+from grpo_min.run.config import UserError
+from grpo_min.run.metrics import explained_variance
+from grpo_min.run.table import read_csv
+from tests import tiny
+from tests.tiny import LOOPS, TOKENIZER, assert_same_run, letter_e, recorded_rollouts, settings
+
+pytestmark = pytest.mark.usefixtures("no_curves")
+
 
 def constant(prompts, completions, **columns):
     return [1.0] * len(completions)
@@ -40,9 +47,11 @@ def state(model):
 # --- learning -----------------------------------------------------------------------------------------------------
 
 @LOOPS
-@pytest.mark.parametrize("more", [dict(lr=2e-2), dict(lr=1e-2, epochs=2, minibatches=2, scale_advantages=True)],
+@pytest.mark.parametrize("more", [dict(lr=2e-2), dict(lr=1e-2, epochs=2, minibatches=2)],
                          ids=["one update", "four updates"])
 def test_reward_rises(loop, more, tmp_path):
+    if "epochs" in more:
+        more = {**more, "scale_advantages" if loop is grpo else "whiten": True}
     _, rows = loop.train(learner(loop, tmp_path, steps=25, **more), reward=letter_e)
     first, last = mean(rows[:3], "reward"), mean(rows[-3:], "reward")
     assert first < 0.1 and last > 2.5 * first, f"mean reward went from {first:.3f} to {last:.3f}"
@@ -67,7 +76,7 @@ def test_critic_learns_what_to_expect(tmp_path):
     ppo.train(config, reward=constant, advantage=standing_still)
     critic = ScalarGPT(tiny.gpt().config)
     critic.load_state_dict(load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"])
-    values = critic(Prompts.from_texts(tiny.PROMPTS), torch.full((12, 3), 300))
+    values = critic(Prompts.from_texts(tiny.PROMPTS, TOKENIZER), torch.full((12, 3), 300))
     assert values.mean().item() == pytest.approx(1, abs=0.1) and values.std() < 0.2
 
 
@@ -84,7 +93,7 @@ def test_explained_variance_is_measured_against_the_actual_return(tmp_path):
     def advantage(rewards, values, mask, gamma, lam):
         to_go = [[sum(gamma ** (l - t) * row[l] for l in range(t, len(row))) for t in range(len(row))]
                  for row in rewards.tolist()]
-        seen.append(ppo.explained_variance(values, torch.tensor(to_go), mask))
+        seen.append(explained_variance(values, torch.tensor(to_go), mask))
         return ppo.gae(rewards, values, mask, gamma, lam)
     config = settings(ppo, tmp_path, steps=4, critic_lr=1e-2, gamma=0.8, lam=0.1)
     _, rows = ppo.train(config, reward=letter_e, advantage=advantage)
@@ -97,11 +106,11 @@ def record_ratios(loop, tmp_path, **more):
     """The largest |log ratio| of every update of two steps."""
     seen = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         seen.append((logprobs - old_logprobs).detach().abs().max().item())
         assert not old_logprobs.requires_grad and not advantages.requires_grad
         assert logprobs.shape == old_logprobs.shape == advantages.shape == mask.shape
-        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
 
     _, rows = loop.train(settings(loop, tmp_path, steps=2, **more), reward=letter_e, loss=loss)
     return seen, rows
@@ -125,7 +134,7 @@ def test_later_epochs_have_other_ratios(loop, tmp_path):
 def test_minibatches_cover_every_row_once(loop, tmp_path):
     rows = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         rows.append(len(mask))
         return (logprobs * 0).sum()
 
@@ -147,7 +156,7 @@ def test_reference_does_not_move(loop, where, minibatches, tmp_path, monkeypatch
 
     config = settings(loop, tmp_path, steps=4, temperature=0.7, minibatches=minibatches, kl="k1", kl_in=where)
     loop.train(config, reward=letter_e, kl=kl)
-    sft_model = load_model(config.sft, "GPT")
+    sft_model = load_model(config.sft)
     for step, (prompts, rollout) in enumerate(rollouts):
         expected, _ = token_logprobs(sft_model, prompts, rollout.completion_ids, rollout.mask, 0.7)
         assert torch.allclose(torch.cat(refs[step * minibatches:(step + 1) * minibatches]), expected, atol=1e-5)
@@ -172,7 +181,7 @@ def test_trained_ids_are_the_sampled_ones(loop, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "token_logprobs", recording)
     loop.train(settings(loop, tmp_path), reward=letter_e)
     assert len(trained) == 3
-    again, _ = pad_completions(rollouts[0].texts(), finished=rollouts[0].finished.tolist())
+    again, _ = pad_completions(rollouts[0].texts(TOKENIZER), TOKENIZER, finished=rollouts[0].finished.tolist())
     assert again.shape != trained[0].shape or not torch.equal(again, trained[0])
 
 
@@ -187,51 +196,56 @@ def test_without_beta_there_is_no_reference_and_no_kl(loop, tmp_path):
 
 
 @pytest.mark.parametrize("more", [dict(), dict(minibatches=2, epochs=2)], ids=["one update", "four updates"])
-def test_groups_of_equals_cost_no_update_and_change_none(more, tmp_path, watch, monkeypatch):
-    """Without a KL penalty their tokens are not computed; computing them (replace left out) gives the same policy."""
+def test_groups_of_equals_change_no_update(more, tmp_path, monkeypatch):
+    """Without a KL penalty: leaving their tokens out of the loss gives the same policy."""
     def reward(prompts, completions, **columns):
         return [len(text) * (prompt not in tiny.PROMPTS[3:]) for prompt, text in zip(prompts, completions)]
+    left_out = []
+
+    def without_equals(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
+        taught = mask & (advantages != 0)
+        left_out.append(1 - (taught.sum() / mask.sum()).item())
+        return grpo.policy_loss(logprobs, old_logprobs, advantages, taught, clip_eps, penalty)
     config = settings(grpo, tmp_path, steps=2, prompts_per_step=12, group_size=3, beta=0.0, **more)
     # Not Adam, which makes a full step out of the rounding error of a gradient that is 0.
     monkeypatch.setattr(grpo, "optimizer_for", lambda model, lr: torch.optim.SGD(model.parameters(), lr=0.1))
-    calls, rollouts = watch(grpo, "token_logprobs"), watch(grpo, "sample")
-    policy, rows = grpo.train(config, reward=reward)
-    computed = sum(mask.sum() for (_, _, _, mask, _), _ in calls)
-    sampled = sum(rollout.mask.sum() for _, rollout in rollouts)
-    assert 0 < computed < 0.5 * more.get("epochs", 1) * sampled
-    monkeypatch.setattr(grpo, "replace", lambda rollout, mask: rollout)
+    policy, rows = grpo.train(config, reward=reward, loss=without_equals)
     whole, whole_rows = grpo.train(config, reward=reward)
+    assert 0.5 < sum(left_out) / len(left_out) < 1
     for a, b in zip(policy.parameters(), whole.parameters()):
         assert torch.allclose(a, b, atol=1e-6)
     for name in "loss", "grad_norm", "gap":
         assert [row[name] for row in rows] == pytest.approx([row[name] for row in whole_rows], abs=1e-5), name
 
 
-def test_with_a_penalty_groups_of_equals_are_trained_too(tmp_path, watch):
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_groups_of_equals_are_read_as_all_others(beta, tmp_path, watch):
     calls, rollouts = watch(grpo, "token_logprobs"), watch(grpo, "sample")
-    grpo.train(settings(grpo, tmp_path, steps=1, beta=0.1), reward=constant)
-    assert torch.equal(calls[0][0][3], rollouts[0][1].mask)
+    _, (row,) = grpo.train(settings(grpo, tmp_path, steps=1, beta=beta), reward=constant)
+    assert torch.equal(calls[0][0][3], rollouts[0][1].mask) and row["entropy"] > 0 and row["equal_groups"] == 1
 
 
 def test_a_batch_of_equals_changes_nothing_and_is_reported(tmp_path):
     config = settings(grpo, tmp_path, steps=1, beta=0.0)
-    before = state(load_model(config.sft, "GPT"))
+    before = state(load_model(config.sft))
     policy, (row,) = grpo.train(config, reward=constant)
-    assert tiny.same(before, state(policy)) and row["grad_norm"] == row["loss"] == row["entropy"] == 0
+    assert tiny.same(before, state(policy)) and row["grad_norm"] == row["loss"] == 0
 
 
 def charged_once(loop, tmp_path, where, minibatches=1):
-    """One step with a KL of 0.5 per token, beta 0.1 -> calls of kl, what was charged, policy losses, row, mask."""
-    calls, losses, charged, masks = [], [], [], []
+    """One step with a KL of 0.5 per token, beta 0.1 -> calls of kl, what was charged, policy losses without a penalty,
+    penalties, row, mask."""
+    calls, losses, penalties, charged, masks = [], [], [], [], []
 
     def kl(logprobs, ref_logprobs, kind):
         calls.append((logprobs.requires_grad, kind))
         return 0 * logprobs + 0.5
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         losses.append(loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps))
+        penalties.append(penalty)
         masks.append(mask)
-        return losses[-1]
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
 
     def advantage(rewards, *rest):
         charged.append(rewards)
@@ -239,31 +253,38 @@ def charged_once(loop, tmp_path, where, minibatches=1):
 
     config = settings(loop, tmp_path, steps=1, beta=0.1, kl="k1", kl_in=where, minibatches=minibatches)
     _, rows = loop.train(config, reward=constant, advantage=advantage, loss=loss, kl=kl)
-    return calls, charged[0], [value.item() for value in losses], rows[0], torch.cat(masks)
+    return calls, charged[0], [value.item() for value in losses], penalties, rows[0], torch.cat(masks)
+
+
+def ones_at_last_token(mask):
+    return Rollout(None, mask, torch.zeros(mask.shape), None).at_last_token(torch.ones(len(mask)))
 
 
 @LOOPS
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_kl_in_the_reward_is_charged_once(loop, minibatches, tmp_path):
-    calls, charged, losses, row, mask = charged_once(loop, tmp_path, "reward", minibatches)
+    calls, charged, losses, penalties, row, mask = charged_once(loop, tmp_path, "reward", minibatches)
     assert 12 < mask.sum() < mask.numel(), "some completions have to end before others"
     assert calls == [(False, "k1")], "once per batch, and no gradient flows through a reward"
+    assert penalties == [0.0] * minibatches
     assert row["loss"] == pytest.approx(sum(losses) / minibatches, abs=1e-7), "the loss has no KL term of its own"
     if loop is grpo:
         assert torch.allclose(charged, 1 - 0.1 * 0.5 * mask.sum(1))                        # one number per completion
     else:
-        assert torch.allclose(charged, ppo.at_last_token(torch.ones(len(mask)), mask) - 0.1 * 0.5 * mask)
+        assert torch.allclose(charged, ones_at_last_token(mask) - 0.1 * 0.5 * mask)
     assert row["reward"] == 1, "the reward that is reported is the one the reader defined, before any charge"
 
 
 @LOOPS
 @pytest.mark.parametrize("minibatches", [1, 2])
 def test_kl_in_the_loss_is_charged_once(loop, minibatches, tmp_path):
-    calls, charged, losses, row, mask = charged_once(loop, tmp_path, "loss", minibatches)
+    calls, charged, losses, penalties, row, mask = charged_once(loop, tmp_path, "loss", minibatches)
     assert calls == [(True, "k1")] * minibatches
-    assert torch.equal(charged, torch.ones(12) if loop is grpo else ppo.at_last_token(torch.ones(12), mask))
+    assert torch.equal(charged, torch.ones(12) if loop is grpo else ones_at_last_token(mask))
+    assert all(torch.equal(penalty, torch.full_like(penalty, 0.1 * 0.5)) for penalty in penalties), "beta times the KL"
+    assert torch.cat(penalties).shape == mask.shape and all(penalty.requires_grad for penalty in penalties)
     penalty = 0.1 * 0.5 * mask.sum(1).double().mean().item()                    # summed over tokens, averaged over rows
-    assert row["loss"] == pytest.approx(sum(losses) / minibatches + penalty, abs=1e-6)
+    assert row["loss"] == pytest.approx(sum(losses) / minibatches + penalty, abs=1e-5)
 
 
 @LOOPS
@@ -279,7 +300,7 @@ def trained_critic(tmp_path, **more):
     config = settings(ppo, tmp_path, run=str(tmp_path / "run"), **more)
     policy, _ = ppo.train(config, reward=letter_e)
     critic = load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"]
-    return state(policy), critic, state(load_model(config.sft, "GPT"))
+    return state(policy), critic, state(load_model(config.sft))
 
 
 def test_critic_gets_a_gradient_everywhere(tmp_path):
@@ -308,7 +329,7 @@ def test_critic_starts_from(start, tmp_path, monkeypatch):
 
     ppo.train(settings(ppo, tmp_path, steps=1, critic=start, reward_model=path), reward=letter_e, advantage=advantage)
     (prompts, rollout), = seen
-    expected = load_model(path, "ScalarGPT")(prompts, rollout.completion_ids, rollout.mask)[:, :-1]
+    expected = load_model(path, kind="ScalarGPT")(prompts, rollout.completion_ids, rollout.mask)[:, :-1]
     values, expected = values[0][rollout.mask], expected[rollout.mask]
     assert torch.allclose(values, expected if start == "reward_model" else 0 * expected, atol=1e-6)
     assert expected.std() > 0.1
@@ -377,7 +398,7 @@ def test_advantage_is_used(loop, tmp_path):
         return torch.zeros_like(rewards) if loop is grpo else (torch.zeros_like(rewards), rewards)
     config = settings(loop, tmp_path, beta=0.0)
     policy, _ = loop.train(config, reward=letter_e, advantage=nothing)
-    assert tiny.same(state(policy), state(load_model(config.sft, "GPT")))
+    assert tiny.same(state(policy), state(load_model(config.sft)))
 
 
 def test_advantage_gets_the_flag_that_scales(tmp_path):
@@ -394,29 +415,72 @@ def test_advantage_gets_the_flag_that_scales(tmp_path):
 def test_ppo_whitens_where_told(tmp_path):
     seen = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         seen.append(advantages[mask])
-        return ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
-    for scale in False, True:
-        ppo.train(settings(ppo, tmp_path, steps=1, scale_advantages=scale), reward=letter_e, loss=loss)
+        return ppo.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
+    for whiten in False, True:
+        ppo.train(settings(ppo, tmp_path, steps=1, whiten=whiten), reward=letter_e, loss=loss)
     assert seen[0].std() < 0.5 and seen[1].mean().abs() < 1e-5 and seen[1].std() == pytest.approx(1, abs=0.01)
 
 
 @LOOPS
 def test_loss_is_used(loop, tmp_path):
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         assert clip_eps == 0.3
         return logprobs.sum() * 0 + 7
     config = settings(loop, tmp_path, beta=0.0, clip_eps=0.3)
     policy, rows = loop.train(config, reward=letter_e, loss=loss)
-    assert [row["loss"] for row in rows] == [7, 7, 7] and tiny.same(state(policy), state(load_model(config.sft, "GPT")))
+    assert [row["loss"] for row in rows] == [7, 7, 7] and tiny.same(state(policy), state(load_model(config.sft)))
+
+
+@LOOPS
+def test_collect_is_used(loop, tmp_path):
+    # What it returns is what is trained on and reported; what it is given is what the loop has.
+    seen = []
+
+    def collect(config, policy, reward, rows, step, clock):
+        batch, prompts, rollout, rewards, texts = loop.collect(config, policy, reward, rows, step, clock)
+        seen.append((config, policy, reward, rows, step, rollout.mask))
+        return batch, prompts, rollout, rewards + 5, texts
+
+    masks = []
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
+        masks.append(mask)
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
+    config = settings(loop, tmp_path, steps=2)
+    policy, rows = loop.train(config, reward=constant, collect=collect, loss=loss)
+    assert [row["reward"] for row in rows] == [6, 6] and [call[4] for call in seen] == [0, 1]
+    for call, mask in zip(seen, masks):
+        assert call[:3] == (config, policy, constant) and len(call[3]) == 12 and call[5] is not mask
+        assert torch.equal(call[5], mask)
+
+
+def test_start_critic_is_used(tmp_path):
+    given, values = [], []
+
+    def start_critic(config, policy, device):
+        given.append((config, policy, device))
+        model = tiny.gpt(ScalarGPT, seed=8)
+        torch.nn.init.constant_(model.scalar.bias, 3.0)
+        return model
+
+    def advantage(rewards, old_values, *rest):
+        values.append(old_values)
+        return ppo.gae(rewards, old_values, *rest)
+    config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=1, critic_lr=1e-5)
+    policy, _ = ppo.train(config, reward=letter_e, advantage=advantage, start_critic=start_critic)
+    assert given == [(config, policy, torch.device("cpu"))]
+    assert torch.equal(values[0], torch.full_like(values[0], 3.0)), "its scalar head is 0 but for the bias"
+    saved = load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"]["scalar.bias"].item()
+    assert saved != 3 and saved == pytest.approx(3, abs=1e-4)
 
 
 @LOOPS
 def test_a_loss_that_is_no_number_stops_the_run_before_it_does_harm(loop, tmp_path):
     calls = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         calls.append(1)
         return logprobs.sum() * (float("nan") if len(calls) == 3 else 1.0)
     config, model = settings(loop, tmp_path, run=str(tmp_path / "run"), steps=5), tiny.gpt()
@@ -434,7 +498,7 @@ def test_model_is_used_and_needs_no_file(loop, tmp_path):
     (tmp_path / "sft.pt").unlink()
     policy, _ = loop.train(config, reward=letter_e, model=model)
     assert policy is model and not tiny.same(state(policy), before)
-    assert tiny.same(state(load_model(tmp_path / "run/checkpoint.pt", "GPT")), state(policy))
+    assert tiny.same(state(load_model(tmp_path / "run/checkpoint.pt")), state(policy))
 
 
 @LOOPS
@@ -462,7 +526,7 @@ def test_evaluate_may_measure_only_now_and_then(loop, tmp_path):
 
 def test_scores_of_a_reward_model_do_not_depend_on_the_batch(tmp_path):
     # One prompt and one completion nearly fill the context of 64, though not those of the same row.
-    reward = learned(load_model(tiny.reward_checkpoint(tmp_path / "reward_model.pt"), "ScalarGPT"))
+    reward = learned(load_model(tiny.reward_checkpoint(tmp_path / "reward_model.pt"), kind="ScalarGPT"))
     prompts, completions = ["a cow " * 25, "hello"], ["hello", "a cow " * 25]
     alone = [reward([prompt], [text])[0] for prompt, text in zip(prompts, completions)]
     assert reward(prompts, completions) == pytest.approx(alone, abs=1e-5)
@@ -471,13 +535,13 @@ def test_scores_of_a_reward_model_do_not_depend_on_the_batch(tmp_path):
 # --- what a run leaves behind -------------------------------------------------------------------------------------
 
 @LOOPS
-def test_run_folder(loop, tmp_path):
+def test_run_folder(loop, tmp_path, curves):
     config = settings(loop, tmp_path, run=str(tmp_path / "run"))
     policy, rows = loop.train(config, reward=letter_e)
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "config.json", "metrics.csv", "samples.jsonl", "checkpoint.pt", "curves.png"}
     assert tiny.same(read_csv(tmp_path / "run/metrics.csv"), rows)
-    assert tiny.same(state(load_model(tmp_path / "run/checkpoint.pt", "GPT")), state(policy))
+    assert tiny.same(state(load_model(tmp_path / "run/checkpoint.pt")), state(policy))
     for name in "reward reward_std equal_groups truncated kl entropy clip_low clip_high grad_norm length".split():
         assert isinstance(rows[0][name], float), name
     assert all(f"seconds_{phase}" in rows[0] for phase in ("sample", "score", "update")) and rows[0]["memory_mb"] > 0
@@ -511,7 +575,7 @@ def crash():
 def test_resumed_run_is_the_uninterrupted_one(loop, stop, error, tmp_path, monkeypatch):
     whole, parts = (settings(loop, tmp_path, run=str(tmp_path / name), steps=6, epochs=2) for name in ("a", "b"))
     policy, rows = loop.train(whole, reward=letter_e)
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0)                  # a checkpoint after every step but the last two
+    monkeypatch.setattr(log, "SAVE_EVERY", 0)                  # a checkpoint after every step but the last two
     handler = signal.getsignal(signal.SIGINT)
     with pytest.raises(error) as stopped:
         loop.train(parts, reward=stop_at(2 if stop is interrupt else 4, stop))
@@ -538,15 +602,15 @@ def test_odd_characters_in_prompts_and_completions_can_be_resumed(odd, tmp_path)
 @pytest.mark.parametrize("moment", ["show", "save", "checkpoint"])
 def test_ctrl_c_at_an_awkward_moment_loses_no_step(moment, tmp_path, monkeypatch, capsys):
     # The signal comes while a step is being recorded: what is said to be saved has to be what is saved.
-    method, calls = getattr(runs.Run, moment), []
+    method, calls = getattr(log.Run, moment), []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 2:
             interrupt()
         return method(*arguments)
-    monkeypatch.setattr(runs.Run, moment, interrupted)
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
+    monkeypatch.setattr(log.Run, moment, interrupted)
+    monkeypatch.setattr(log, "SAVE_EVERY", 0)
     with pytest.raises(UserError, match="Ctrl-C"):
         grpo.train(settings(grpo, tmp_path, run=str(tmp_path / "run"), steps=6), reward=letter_e)
     assert f"saved after step {load_checkpoint(tmp_path / 'run/checkpoint.pt')['step']};" in capsys.readouterr().err
@@ -560,7 +624,7 @@ def test_resuming_a_finished_run_changes_nothing(loop, tmp_path):
     before = [path.read_bytes() for path in files]
     policy, again = loop.train(dataclasses.replace(config, resume=True), reward=crash)
     assert before == [path.read_bytes() for path in files]
-    assert tiny.same(rows, again) and tiny.same(state(policy), state(load_model(tmp_path / "run/checkpoint.pt", "GPT")))
+    assert tiny.same(rows, again) and tiny.same(state(policy), state(load_model(tmp_path / "run/checkpoint.pt")))
 
 
 @LOOPS
@@ -593,7 +657,7 @@ def test_resumed_supervised_stage_is_the_uninterrupted_one(name, tmp_path, monke
     whole, parts = (config(tmp_path, run=str(tmp_path / folder), steps=6, device="cpu") for folder in ("a", "b"))
     model, rows = stage.train(whole)
     assert len(rows) == 6 and rows[-1]["loss"] < rows[0]["loss"]
-    update, calls = runs.update, []
+    update, calls = fit.update, []
 
     def interrupted_update(*arguments):
         calls.append(1)
@@ -601,7 +665,7 @@ def test_resumed_supervised_stage_is_the_uninterrupted_one(name, tmp_path, monke
             interrupt()
         return update(*arguments)
     with monkeypatch.context() as patch:
-        patch.setattr(runs, "update", interrupted_update)
+        patch.setattr(fit, "update", interrupted_update)
         with pytest.raises(UserError) as stopped:
             stage.train(parts)
     assert stopped.value.exit_code == 130 and load_checkpoint(tmp_path / "b/checkpoint.pt")["step"] == 3

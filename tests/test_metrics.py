@@ -1,4 +1,4 @@
-"""The columns of metrics.csv mean what the table in metrics.py says: each is worked out by hand on a few tokens.
+"""The columns of metrics.csv mean what the table in run/metrics.py says: each is worked out by hand on a few tokens.
 
 Tokens count where the mask is True and nowhere else; groups are those of one prompt; of several updates the mean is
 taken, and of the gap between sampler and trainer the largest.
@@ -9,9 +9,10 @@ import types
 import pytest
 import torch
 
-from grpo_min import metrics
-from grpo_min.metrics import Clock, average, rollout_metrics, shown_samples, thinks, update_metrics
 from grpo_min.rollout import Rollout, pad_completions
+from grpo_min.run import metrics
+from grpo_min.run.metrics import Clock, average, rollout_metrics, shown_samples, thinks, update_metrics
+from tests.tiny import TOKENIZER
 
 MASK = torch.tensor([[True, True, False], [True, False, False]])
 
@@ -34,25 +35,26 @@ def test_average_of_updates():
 @pytest.fixture
 def rollout():
     """Two prompts, two completions each; the last was cut."""
-    ids, mask = pad_completions(["1", "<think> 1</think> 2", "", "1"], finished=[True, True, True, False])
+    ids, mask = pad_completions(["1", "<think> 1</think> 2", "", "1"], TOKENIZER, finished=[True, True, True, False])
     return Rollout(ids, mask, torch.zeros(ids.shape), torch.tensor([True, True, True, False]))
 
 
 def test_rollout_metrics_by_hand(rollout):
-    batch, texts = [dict(prompt="p", answer="1"), dict(prompt="q", answer="1")], rollout.texts()
-    kl = torch.ones(rollout.mask.shape) * rollout.mask * 0.1
-    row = rollout_metrics(torch.tensor([1.0, 3.0, 2.0, 2.0]), texts, batch, rollout, 2, kl)
+    batch, texts = [dict(prompt="p", answer="1"), dict(prompt="q", answer="1")], rollout.texts(TOKENIZER)
+    rollout.logprobs = torch.full(rollout.mask.shape, math.log(0.5)) * rollout.mask
+    ref_logprobs = torch.full(rollout.mask.shape, math.log(0.25))         # k3 of each token: 1 / 2 - 1 + log 2
+    row = rollout_metrics(torch.tensor([1.0, 3.0, 2.0, 2.0]), texts, batch, rollout, 2, ref_logprobs)
     lengths = [2, 5, 1, 1]                                                      # in tokens, END included
     assert rollout.length.tolist() == lengths
     assert row == pytest.approx(dict(reward=2, reward_std=math.sqrt(2) / 2, accuracy=1 / 4, thinking=1 / 4,
-                                     equal_groups=1 / 2, truncated=1 / 4, length=9 / 4, kl=0.9 / 4))
+                                     equal_groups=1 / 2, truncated=1 / 4, length=9 / 4, kl=9 / 4 * (math.log(2) - 0.5)))
     alone = rollout_metrics(torch.ones(4), texts, [dict(prompt="p")] * 4, rollout, 1, None)
     assert [alone[name] for name in ("reward_std", "accuracy", "equal_groups", "kl")] == [""] * 4
 
 
 def test_nearly_equal_rewards_are_not_equal(rollout):
     batch = [dict(prompt="p", answer="1"), dict(prompt="q", answer="1")]
-    row = rollout_metrics(torch.tensor([1.0, 1.001, 2.0, 2.001]), rollout.texts(), batch, rollout, 2, None)
+    row = rollout_metrics(torch.tensor([1.0, 1.001, 2.0, 2.001]), rollout.texts(TOKENIZER), batch, rollout, 2, None)
     assert row["equal_groups"] == 0
 
 
@@ -80,19 +82,22 @@ def test_memory_is_in_megabytes(platform, unit, monkeypatch):
 def test_shown_samples_are_those_of_the_first_prompts(rollout):
     rewards, advantages = torch.tensor([0.0, 1, 2, 3]), torch.arange(20.0).view(4, 5) / 3
     batch = [dict(prompt="p"), dict(prompt="q")]
-    shown = shown_samples(list("abcd"), rewards, advantages, batch, rollout, 2)
+    shown = shown_samples(list("abcd"), rewards, advantages, batch, rollout, 2, TOKENIZER)
     assert [(row["prompt"], row["completion"], row["reward"], row["advantage"]) for row in shown] == [
         ("p", "a", 0, 0), ("p", "b", 1, 1.6667), ("q", "c", 2, 3.3333), ("q", "d", 3, 5)]
     assert [row["tokens"] for row in shown] == [
         ["1", "<|end|>"], ["<think>", " 1", "</think>", " 2", "<|end|>"], ["<|end|>"], ["1"]]
     assert not any({"advantages", "values"} & row.keys() for row in shown)
-    assert len(shown_samples(list("abcd"), rewards, advantages, batch, rollout, 2, groups=1)) == 2
+    ids, mask = pad_completions([""] * 8, TOKENIZER)                      # of four groups of two, the first three
+    many = Rollout(ids, mask, torch.zeros(ids.shape), mask[:, 0])
+    shown = shown_samples(list("abcdefgh"), torch.zeros(8), torch.zeros(8, 1), 2 * batch, many, 2, TOKENIZER)
+    assert [(row["prompt"], row["completion"]) for row in shown] == list(zip("ppqqpp", "abcdef"))
 
 
 def test_shown_samples_of_ppo_have_a_number_for_every_real_token(rollout):
     values = -torch.arange(20.0).view(4, 5) / 3
     shown = shown_samples(list("abcd"), torch.zeros(4), -values, [dict(prompt="p"), dict(prompt="q")], rollout, 2,
-                          values)
+                          TOKENIZER, values)
     assert [row["values"] for row in shown] == [
         [0, -0.3333], [-1.6667, -2, -2.3333, -2.6667, -3], [-3.3333], [-5]]
     assert all(row["advantages"] == [-value for value in row["values"]] for row in shown)

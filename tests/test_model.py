@@ -13,7 +13,7 @@ from torch import nn
 
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min.rollout import Prompts
-from grpo_min.tokenizer import END, PAD, VOCAB_SIZE
+from tests.tiny import END, PAD, TOKENIZER, VOCAB_SIZE
 
 G, N = 2, 5
 pytestmark = pytest.mark.usefixtures("double")
@@ -115,7 +115,7 @@ def test_fills_its_context_and_no_more(gpt):
 
 def test_initial_logits_are_calm():
     """A fresh model is nearly uniform: its loss is close to log V, neither confident nor dead."""
-    gpt = GPT(GPTConfig(layers=2))
+    gpt = GPT(GPTConfig(VOCAB_SIZE, layers=2))
     ids = torch.randint(0, VOCAB_SIZE, (8, 64), generator=torch.Generator().manual_seed(0))
     loss = F.cross_entropy(gpt.plain(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert abs(loss - torch.tensor(VOCAB_SIZE).log()) < 0.5
@@ -148,18 +148,45 @@ def test_rows_belong_to_their_prompt(gpt, prompts, completions):
 
 
 def test_cached_decoding_equals_the_full_forward(gpt, prompts, completions):
-    """One token at a time against a cache, as sample() does."""
+    """One token at a time against a cache, as the plain loop of sample() does."""
     expected = gpt.states(prompts, completions)
-    last, memory = gpt.read(prompts)
-    state, position = last.repeat_interleave(G, dim=0), prompts.length.repeat_interleave(G)
-    E = gpt.config.width // gpt.config.heads
-    shape = len(completions) // G, gpt.config.heads, G, N, E
-    caches = [tuple(torch.full(shape, float("nan")) for _ in "kv") for _ in memory]
+    state, past, visible = gpt.read(prompts, G)
+    position = prompts.length.repeat_interleave(G)
     for t in range(N):
         close(state, expected[:, t])
-        states, _ = gpt.run(completions[:, t:t + 1], (position + t)[:, None], memory, [(k, v, t) for k, v in caches])
+        visible = F.pad(visible, (0, 1), value=True)                                         # (B, 1, P + t + 1)
+        states, past = gpt.run(completions[:, t:t + 1], (position + t)[:, None], past, visible[:, None])
         state = states[:, 0]
     close(state, expected[:, N])
+
+
+def test_several_tokens_at_a_time_equal_the_full_forward(gpt, prompts, completions):
+    """What stands before may be any number of tokens: 2 of the completion, then the other 3."""
+    expected, P = gpt.states(prompts, completions), prompts.ids.shape[1]
+    _, past, visible = gpt.read(prompts, G)
+    columns, done = prompts.length.repeat_interleave(G)[:, None] + torch.arange(N), 0
+    for stop in 2, N:
+        T = stop - done
+        causal = torch.ones(T, stop, dtype=torch.bool).tril(done).expand(3 * G, -1, -1)
+        seen = torch.cat([visible.expand(-1, T, -1), causal], dim=2)                         # (B, T, P + stop)
+        states, past = gpt.run(completions[:, done:stop], columns[:, done:stop], past, seen[:, None])
+        close(states, expected[:, done + 1:stop + 1])
+        assert all(x.shape[2] == P + stop for keys_values in past for x in keys_values)
+        done = stop
+
+
+def test_reading_prompts_repeats_them_for_their_completions(gpt, prompts):
+    last, past, visible = gpt.read(prompts, G)
+    P = prompts.ids.shape[1]
+    assert last.shape == (3 * G, 16) and visible.shape == (3 * G, 1, P)
+    for b in range(3 * G):
+        n = int(prompts.length[b // G])
+        states, alone = gpt.run(prompts.ids[b // G:b // G + 1, :n], torch.arange(n))
+        close(last[b], states[0, -1])
+        assert visible[b, 0].tolist() == [True] * n + [False] * (P - n)
+        for ours, theirs in zip(past, alone):
+            for x, y in zip(ours, theirs):
+                close(x[b, :, :n], y[0])
 
 
 def test_padding_is_as_if_it_were_not_there(gpt, prompts, completions):
@@ -177,16 +204,6 @@ def test_padding_is_as_if_it_were_not_there(gpt, prompts, completions):
 
 def test_padding_of_completions_changes_nothing_before_it(gpt, prompts, completions):
     close(gpt(prompts, F.pad(completions, (0, 3), value=PAD))[:, :N], gpt(prompts, completions))
-
-
-def test_with_a_mask_the_padding_is_left_out_and_nothing_else_changes(gpt, prompts, completions):
-    mask = torch.arange(N) < torch.tensor([1, 5, 3, 2, 4, 5])[:, None]                       # (B, N)
-    read = F.pad(mask, (1, 0), value=True)                       # state t has read no padding: (B, N + 1)
-    everywhere, packed = gpt.states(prompts, completions), gpt.states(prompts, completions, mask)
-    close(packed[read], everywhere[read])
-    assert (packed[~read] == 0).all() and (everywhere[~read] != 0).any()
-    for ours, plain in zip(gradients(gpt, packed[read]), gradients(gpt, everywhere[read])):
-        close(ours, plain)
 
 
 # --- the scalar head ----------------------------------------------------------------------------------------------
@@ -218,7 +235,7 @@ def test_last_reads_the_last_real_token(scalar, prompts, completions):
 
 def test_a_completion_that_fills_the_context(scalar):
     """32 tokens with the prompt: the last one stands at the last position."""
-    prompts = Prompts.from_texts(["a"])
+    prompts = Prompts.from_texts(["a"], TOKENIZER)
     n = 32 - int(prompts.length)
     ids = torch.randint(6, VOCAB_SIZE, (1, n), generator=torch.Generator().manual_seed(3))
     states, _ = scalar.trunk.run(torch.cat([prompts.ids, ids], 1), torch.arange(32))
@@ -226,4 +243,4 @@ def test_a_completion_that_fills_the_context(scalar):
 
 
 def test_scalar_begins_at_zero(prompts, completions):
-    assert (ScalarGPT(GPTConfig(context=32))(prompts, completions) == 0).all()
+    assert (ScalarGPT(GPTConfig(VOCAB_SIZE, context=32))(prompts, completions) == 0).all()

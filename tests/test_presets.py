@@ -1,15 +1,15 @@
 """--preset gpu: every option reaches its stage, the data fit into the model, and it is as large as is said."""
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
-from data import prepare
 from grpo_min import __main__ as main_job
-from grpo_min import compare, pretrain, reward_model, sft
+from grpo_min import pretrain, reward_model, sft, tokenizer
+from grpo_min.lab import compare
 from grpo_min.model import GPT, GPTConfig
-from grpo_min.runs import read_jsonl
-from grpo_min.tokenizer import encode_completion, encode_prompt
+from grpo_min.run.data import read_jsonl
 
 GPU = main_job.PRESETS["gpu"]
 
@@ -17,7 +17,7 @@ GPU = main_job.PRESETS["gpu"]
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
-    prepare.write(folder, GPU["operations"])
+    main_job.write_data(folder, GPU["operations"])
     return folder
 
 
@@ -27,21 +27,21 @@ def test_data_of_the_gpu_preset_fit_its_model(data):
     for name, more in ("train", 0), ("test", 0), ("longer", 1):
         chains = {row["prompt"].count(",") for row in prompts[name]}
         assert chains == ({7} if more else {3, 4, 5, 6})
-    new, context = GPU["compare"]["max_new_tokens"], GPU["pretrain"]["context"]
-    assert max(len(encode_prompt(row["prompt"])) for rows in prompts.values() for row in rows) + new <= context
-    thoughts = [len(encode_completion(row["response"])) for row in read_jsonl(data / "sft.jsonl", ["response"])]
+    own, new, context = tokenizer.own(), GPU["compare"]["max_new_tokens"], GPU["pretrain"]["context"]
+    assert max(len(own.encode_prompt(row["prompt"])) for rows in prompts.values() for row in rows) + new <= context
+    thoughts = [len(own.encode_completion(row["response"])) for row in read_jsonl(data / "sft.jsonl", ["response"])]
     assert 30 < max(thoughts) <= new
 
 
 def test_the_gpu_preset_is_as_large_as_help_says(capsys):
     shape = {name: GPU["pretrain"][name] for name in ("layers", "heads", "width", "context")}
-    millions = sum(p.numel() for p in GPT(GPTConfig(**shape)).parameters()) / 1e6
+    millions = sum(p.numel() for p in GPT(GPTConfig(tokenizer.own().vocab_size, **shape)).parameters()) / 1e6
     with pytest.raises(SystemExit):
         main_job.main(["--help"])
     assert f"{millions:.1f} million" in " ".join(capsys.readouterr().out.split()) and 10 <= millions <= 30
 
 
-def test_a_preset_reaches_every_stage(tmp_path, monkeypatch):
+def test_a_preset_reaches_every_stage(data, tmp_path, monkeypatch):
     """The stages are stopped before they compute; what they were asked for is the preset's, with files of its data."""
     seen = {}
 
@@ -53,7 +53,12 @@ def test_a_preset_reaches_every_stage(tmp_path, monkeypatch):
         if isinstance(config, sft.SFTConfig):
             raise Stop
         return None, []
+
+    def write_data(folder, operations):                              # as before, and sooner
+        assert operations == GPU["operations"]
+        shutil.copytree(data, folder)
     monkeypatch.setattr(main_job, "train_or_reuse", stage)
+    monkeypatch.setattr(main_job, "write_data", write_data)
     monkeypatch.setattr(main_job, "show_answers", lambda *_: None)
     with pytest.raises(Stop):
         main_job.main(["--preset", "gpu", "--run", str(tmp_path / "main"), "--device", "cpu"])

@@ -1,51 +1,84 @@
 """What is committed is what was measured: the weights of the first three stages load and score what was recorded with
-them, and every number of the README stands in a file that a command wrote. The main job runs from nothing to its end.
+them, and every table of a page stands in a file that a command wrote. The main job runs from nothing to its end.
 """
 import json
-import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from grpo_min import study
-from grpo_min.runs import DATA, load_model
+import pytest
+
+from grpo_min import __main__ as main_job
+from grpo_min.lab import publish
+from grpo_min.lab.report import plot_learning
+from grpo_min.run.checkpoint import load_checkpoint, load_model
+from grpo_min.run.files import DATA
+from tests import tiny
 
 ROOT = Path(__file__).parent.parent
+PAGES = pytest.mark.parametrize("page", publish.PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def test_committed_weights_are_small_and_score_as_recorded():
     recorded = json.loads((DATA / "checkpoints" / "scores.json").read_text())
-    measured = study.scores()
+    measured = publish.scores()
     assert abs(measured["base_loss"] - recorded["base_loss"]) < 0.01
     assert abs(measured["sft_accuracy"] - recorded["sft_accuracy"]) < 0.02
     assert abs(measured["reward_model_accuracy"] - recorded["reward_model_accuracy"]) < 0.01
-    for _, name, kind in study.CHECKPOINTS:
+    for _, name, kind in publish.CHECKPOINTS:
         path = DATA / "checkpoints" / f"{name}.pt"
         assert path.stat().st_size < 2_000_000
-        assert all(parameter.isfinite().all() for parameter in load_model(path, kind).parameters())
+        assert all(parameter.isfinite().all() for parameter in load_model(path, kind=kind).parameters())
 
 
-def test_readme_holds_the_committed_tables_and_links_to_the_banners():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert study.fill_in(text) == text
-    assert len(re.findall(r"grpo\.py#L\d+", text)) == 7
+@PAGES
+def test_pages_hold_the_committed_tables(page):
+    text = page.read_text(encoding="utf-8")
+    assert publish.fill_in(text) == text
+    assert publish.fill_in(text.replace("grpo.py#L1", "grpo.py#L5")) == text
 
 
-def test_readme_links_lead_somewhere():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#]+)", text):
-        assert (ROOT / target).exists(), target
+def test_learning_is_drawn_from_the_committed_curves(tmp_path):
+    plot_learning(publish.RESULTS / "comparison-correct.csv", tmp_path / "learning.png")
+    assert (tmp_path / "learning.png").stat().st_size > 10_000
+    assert (publish.RESULTS / "learning.png").stat().st_size > 10_000
 
 
-def test_main_job_runs_to_its_end_and_is_not_run_twice(tmp_path):
-    command = [sys.executable, "-m", "grpo_min", "--quick", "--run", str(tmp_path / "main")]
-    first = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+def test_publish_copies_what_is_there_and_fills_in_the_pages(tmp_path, monkeypatch):
+    results, run, again = tmp_path / "results", tmp_path / "run", tmp_path / "again"
+    for folder in results, run / "sft", run / "compare", again / "compare":
+        folder.mkdir(parents=True)
+    page = tmp_path / "page.md"
+    page.write_text("a <!-- pipeline.md -->old<!-- end of pipeline.md --> b")
+    shutil.copy(publish.RESULTS / "comparison-correct.csv", run / "compare")
+    (run / "pipeline.md").write_text("seconds")
+    (again / "pipeline.md").write_text("seconds of another time\n")
+    (again / "compare/comparison-correct.md").write_text("heading\n\ntable\n\ncosts\n")
+    tiny.checkpoint(run / "sft/checkpoint.pt", seed=3)
+    monkeypatch.setattr(publish, "RESULTS", results)
+    monkeypatch.setattr(publish, "DATA", tmp_path / "data")
+    monkeypatch.setattr(publish, "PAGES", [page])
+    monkeypatch.setattr(publish, "scores", lambda: dict(base_loss=1.0))
+    publish.main(["--run", str(run), "--again", str(again), "--benchmark", str(tmp_path / "none")])
+    assert page.read_text() == "a <!-- pipeline.md -->\nseconds of another time\n<!-- end of pipeline.md --> b"
+    assert (results / "again.md").read_text() == "heading\n\ntable\n"
+    written = sorted(path.name for path in results.iterdir())
+    assert written == ["again.md", "comparison-correct.csv", "learning.png", "pipeline.md"]
+    assert sorted(path.name for path in (tmp_path / "data/checkpoints").iterdir()) == ["scores.json", "sft.pt"]
+    weights = load_model(tmp_path / "data/checkpoints/sft.pt").state_dict()
+    assert tiny.same(weights, load_checkpoint(run / "sft/checkpoint.pt")["model"])
+
+
+def test_main_job_runs_to_its_end_and_is_not_run_twice(tmp_path, monkeypatch, capsys):
+    folder, words = tmp_path / "main", ["--quick", "--run", str(tmp_path / "main")]
+    first = subprocess.run([sys.executable, "-m", "grpo_min", *words], capture_output=True, text=True, cwd=ROOT)
     assert first.returncode == 0, first.stderr[-2000:]
     for name in ("before_after.md", "pipeline.md", "reward_model/reward_model.md", "compare/comparison-learned.md",
-                 "compare/comparison-correct.png", "compare/grpo-correct-1/curves.png"):
-        assert (tmp_path / "main" / name).stat().st_size > 0
-    weights = (tmp_path / "main" / "compare/ppo-learned-1/checkpoint.pt").read_bytes()
-    second = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert second.returncode == 0, second.stderr[-2000:]
-    assert "step 1/" not in second.stdout                           # nothing is trained again
-    assert (tmp_path / "main" / "compare/ppo-learned-1/checkpoint.pt").read_bytes() == weights
+                 "compare/comparison-correct.png", "compare/learning.png", "compare/grpo-correct-1/curves.png"):
+        assert (folder / name).stat().st_size > 0
+    kept = {path: path.read_bytes() for path in folder.glob("**/*") if path.suffix in (".pt", ".md") and path.is_file()}
+    monkeypatch.setattr(main_job, "beside_each_other", tiny.one_after_the_other)
+    main_job.main(words)
+    assert "step 1/" not in capsys.readouterr().out                   # nothing is trained again
+    assert all(path.read_bytes() == content for path, content in kept.items())

@@ -1,9 +1,10 @@
 """Two processes of torchrun take the steps that one process takes.
 
 The gradients of every stage that can be split, with the same batch and the same completions, are compared in float64
-between one process and two ranks (gloo, on the CPU); and a command is started as a user starts it.
+between one process and two ranks (gloo, on the CPU); and a command runs, is resumed, and makes a mistake on two.
 """
 import os
+import runpy
 import subprocess
 import sys
 import zlib
@@ -12,11 +13,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_min import grpo, ppo, pretrain, ranks, sft
-from grpo_min.rollout import Rollout
-from grpo_min.runs import read_csv
-from grpo_min.tokenizer import END, PAD
+from grpo_min import grpo, ppo, pretrain, sft
+from grpo_min.rollout import Rollout, sample
+from grpo_min.run import ranks
+from grpo_min.run.table import read_csv
 from tests import tiny
+from tests.tiny import END, PAD
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,26 +64,31 @@ def first_gradients(folder):
         seen = []
         stage.train(config, **(dict(reward=reward) if stage in (grpo, ppo) else {}))
         found[stage.__name__] = seen
-    torch.nn.utils.clip_grad_norm_ = clip
+    torch.nn.utils.clip_grad_norm_, grpo.sample, ppo.sample = clip, sample, sample
     torch.set_default_dtype(torch.float32)
     return found
 
 
 def torchrun(*words, fails=False):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100,
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300,
                           env=dict(os.environ, PYTHONPATH=str(ROOT)))
     assert (done.returncode != 0) == fails, done.stderr[-3000:]
     return done.stderr if fails else done.stdout
 
 
-def test_gradients_of_two_ranks_are_those_of_one_process(tmp_path, monkeypatch):
-    for loop in grpo, ppo:
-        monkeypatch.setattr(loop, "sample", loop.sample)              # first_gradients replaces it
-    (tmp_path / "one").mkdir()
-    one = first_gradients(tmp_path / "one")
-    torchrun(__file__, tmp_path)
-    two = torch.load(tmp_path / "gradients.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory):
+    """A folder, and what the end of this file has printed as a script of two ranks, started once for several tests."""
+    folder = tmp_path_factory.mktemp("ranks")
+    words = ["--run", folder / "run", "--sft", tiny.checkpoint(folder / "sft.pt"), "--prompts",
+             tiny.prompts(folder / "prompts.jsonl"), "--steps", 3, "--prompts-per-step", 4, "--group-size", 3,
+             "--max-new-tokens", 6, "--device", "cpu"]
+    return folder, torchrun("--", __file__, folder, *words)        # without the -- torchrun takes --run for its own
+
+
+def test_gradients_of_two_ranks_are_those_of_one_process(two_ranks, tmp_path):
+    one, two = first_gradients(tmp_path), torch.load(two_ranks[0] / "gradients.pt", weights_only=True)
     assert one.keys() == two.keys() and len(one["grpo_min.ppo"]) == 2
     for stage in one:
         assert len(one[stage]) == len(two[stage])
@@ -90,16 +97,13 @@ def test_gradients_of_two_ranks_are_those_of_one_process(tmp_path, monkeypatch):
             assert all(x.abs().max() > 1e-6 for x in a)
 
 
-def test_a_command_with_two_ranks(tmp_path):
-    words = ["--run", tmp_path / "run", "--sft", tiny.checkpoint(tmp_path / "sft.pt"), "--prompts",
-             tiny.prompts(tmp_path / "prompts.jsonl"), "--steps", 3, "--prompts-per-step", 4, "--group-size", 3,
-             "--max-new-tokens", 6, "--device", "cpu"]
-    out = torchrun("-m", "--", "grpo_min.grpo", *words)        # without the -- torchrun takes --run for its own
-    assert out.count("step 3/3") == 1, "only one rank speaks"
-    before, rows = (tmp_path / "run/checkpoint.pt").read_bytes(), read_csv(tmp_path / "run/metrics.csv")
+def test_a_command_with_two_ranks(two_ranks):
+    folder, out = two_ranks
+    assert out.count("step 3/3") == 1, "only one rank speaks, and going on with a finished run takes no step"
+    rows = read_csv(folder / "run/metrics.csv")
     assert [row["step"] for row in rows] == [0, 1, 2] and [row["completions"] for row in rows] == [12, 24, 36]
-    torchrun("-m", "--", "grpo_min.grpo", *words, "--resume")
-    assert (tmp_path / "run/checkpoint.pt").read_bytes() == before
+    assert (folder / "run/checkpoint.pt").read_bytes() == (folder / "before.pt").read_bytes()
+    assert not (folder / "run.1").exists()
 
 
 def test_a_mistake_with_two_ranks(tmp_path):
@@ -118,9 +122,13 @@ def test_shares(n, parts, monkeypatch):
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1]) / f"rank{ranks.RANK}"
-    folder.mkdir()
-    gradients = first_gradients(folder)
+    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    (folder / f"rank{ranks.RANK}").mkdir()
+    gradients = first_gradients(folder / f"rank{ranks.RANK}")
+    grpo.main(words)
     if ranks.RANK == 0:
-        torch.save(gradients, Path(sys.argv[1]) / "gradients.pt")
-    ranks.leave(0)
+        torch.save(gradients, folder / "gradients.pt")
+        (folder / "before.pt").write_bytes((folder / "run/checkpoint.pt").read_bytes())
+    torch.distributed.barrier()
+    sys.argv = ["grpo.py", *words, "--resume"]
+    runpy.run_module("grpo_min.grpo", run_name="__main__", alter_sys=True)       # with what a command does at its end

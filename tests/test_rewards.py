@@ -12,15 +12,17 @@ import pytest
 import torch
 
 from grpo_min import evaluate as evaluation
-from grpo_min.config import UserError
-from grpo_min.evaluate import evaluate, held_out, pass_at_k, show
-from grpo_min.metrics import interval
+from grpo_min.evaluate import evaluate, held_out, interval, pass_at_k, show
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import correct, final_answer, learned, score, weighted_sum, well_formed
 from grpo_min.rollout import Prompts, Rollout, pad_completions
-from grpo_min.runs import DATA, generator, load_model, read_jsonl
-from grpo_min.tokenizer import END, encode_completion, encode_prompt
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import UserError
+from grpo_min.run.data import read_jsonl
+from grpo_min.run.files import DATA
+from grpo_min.run.rng import generator
 from tests import tiny
+from tests.tiny import END, TOKENIZER
 
 THOUGHT = "<think> 3 times 9 is 27, 27 plus 1 is 28</think>"
 
@@ -155,7 +157,8 @@ def reward_model(make):
 
 def by_hand(model, prompt, completion, finished):
     """The scalar at the last token of prompt and completion, run as one sequence."""
-    ids = torch.tensor([encode_prompt(prompt) + encode_completion(completion, finished)])
+    tokenizer = model.tokenizer
+    ids = torch.tensor([tokenizer.encode_prompt(prompt) + tokenizer.encode_completion(completion, finished)])
     states, _ = model.trunk.run(ids, torch.arange(ids.shape[1]))
     return model.scalar(states[0, -1]).item()
 
@@ -169,10 +172,10 @@ def test_learned_reward_reads_the_text_and_end(reward_model, batch_size):
 
 
 def test_learned_reward_reads_an_answer_that_is_given_twice_once(reward_model, watch):
-    read = watch(reward_model, "last_of")
+    read = watch(reward_model, "last")
     prompts, completions = [ASKED[0], ASKED[1], ASKED[0], ASKED[0]], [SAID[0], SAID[0], SAID[0], SAID[1]]
     scores = learned(reward_model)(prompts, completions)
-    assert [len(texts.ids) for (texts,), _ in read] == [3]
+    assert [len(ids) for (_, ids, _), _ in read] == [3]
     assert scores[0] == scores[2] and scores == pytest.approx(
         [by_hand(reward_model, *row, True) for row in zip(prompts, completions)], abs=1e-4)
 
@@ -182,6 +185,15 @@ def test_learned_reward_depends_on_finished(reward_model):
     ended, cut = reward(ASKED, SAID), reward(ASKED, SAID, finished=[True, False, True, False])
     assert ended == reward(ASKED, SAID, finished=[True] * 4)
     assert [abs(a - b) > 1e-3 for a, b in zip(ended, cut)] == [False, True, False, True]
+
+
+def test_learned_reward_reads_with_the_tokenizer_of_its_model():
+    model = tiny.gpt(ScalarGPT, tokenizer=tiny.other_tokenizer(), context=128)
+    torch.nn.init.normal_(model.scalar.weight)
+    finished = [True, True, False, False]
+    scores = learned(model)(ASKED, SAID, finished=finished)
+    assert scores == pytest.approx([by_hand(model, *row) for row in zip(ASKED, SAID, finished)], abs=1e-4)
+    assert np.std(scores) > 0.1
 
 
 def test_learned_reward_alone_as_in_a_batch(reward_model):
@@ -194,7 +206,7 @@ def test_learned_reward_cuts_each_text_by_itself(reward_model):
     """A completion that is too long is cut where the context ends, however long the other prompts are."""
     reward, long = learned(reward_model), " a cow eats grass." * 20
     alone = reward([ASKED[1]], [long])[0]
-    ids = (encode_prompt(ASKED[1]) + encode_completion(long))[:64]
+    ids = (TOKENIZER.encode_prompt(ASKED[1]) + TOKENIZER.encode_completion(long))[:64]
     states, _ = reward_model.trunk.run(torch.tensor([ids]), torch.arange(64))
     assert alone == pytest.approx(reward_model.scalar(states[0, -1]).item(), abs=1e-4)
     assert reward([ASKED[1], ASKED[2]], [long, SAID[2]])[0] == pytest.approx(alone, abs=1e-4)
@@ -226,7 +238,7 @@ BATCH = [dict(prompt="p", answer="1", operations=2), dict(prompt="q", answer="2"
 def rollout():
     """Two prompts, three completions each."""
     finished = [True, True, True, False, True, True]
-    ids, mask = pad_completions([" 1", " 2", "", " 4", " 5 and more", " 6"], finished=finished)
+    ids, mask = pad_completions([" 1", " 2", "", " 4", " 5 and more", " 6"], TOKENIZER, finished=finished)
     return Rollout(ids, mask, torch.zeros(ids.shape), torch.tensor(finished))
 
 
@@ -236,7 +248,7 @@ def test_columns_are_repeated_for_each_group(rollout):
     def reward(prompts, completions, **columns):
         calls.append((prompts, completions, columns))
         return [0.5 * i for i in range(len(completions))]
-    rewards, texts = score(reward, BATCH, rollout, 3)
+    rewards, texts = score(reward, BATCH, rollout, 3, TOKENIZER)
     assert rewards.dtype == torch.float32 and rewards.tolist() == [0, 0.5, 1, 1.5, 2, 2.5]
     assert texts == [" 1", " 2", "", " 4", " 5 and more", " 6"]
     assert calls == [(list("pppqqq"), texts, dict(answer=list("111222"), operations=[2, 2, 2, 3, 3, 3],
@@ -244,21 +256,21 @@ def test_columns_are_repeated_for_each_group(rollout):
 
 
 def test_score_with_the_real_rewards(rollout):
-    assert score(correct, BATCH, rollout, 3)[0].tolist() == [1, 0, 0, 0, 0, 0]
+    assert score(correct, BATCH, rollout, 3, TOKENIZER)[0].tolist() == [1, 0, 0, 0, 0, 0]
     twos = [dict(prompt="p", answer="2"), dict(prompt="q", answer="4")]
-    assert score(correct, twos, rollout, 3)[0].tolist() == [0, 1, 0, 0, 0, 0]         # " 4" was cut
+    assert score(correct, twos, rollout, 3, TOKENIZER)[0].tolist() == [0, 1, 0, 0, 0, 0]         # " 4" was cut
 
 
 @pytest.mark.parametrize("bad", [[1.0] * 5, [1.0] * 7, [], [0.0] * 5 + [math.nan], [math.inf] + [0.0] * 5,
                                  [[1.0]] * 6, [None] * 6, ["right"] * 6, 1.0, None], ids=repr)
 def test_a_wrong_reward_is_the_users_error(rollout, bad):
     with pytest.raises(UserError, match="6 finite numbers"):
-        score(lambda prompts, completions, **columns: bad, BATCH, rollout, 3)
+        score(lambda prompts, completions, **columns: bad, BATCH, rollout, 3, TOKENIZER)
 
 
 def test_ints_numpy_and_tensors_are_numbers(rollout):
     for good in [1, 0] * 3, [True, False] * 3, np.array([1.0, 0.0] * 3), torch.tensor([1.0, 0.0] * 3):
-        assert score(lambda *_, **columns: good, BATCH, rollout, 3)[0].tolist() == [1, 0, 1, 0, 1, 0]
+        assert score(lambda *_, **columns: good, BATCH, rollout, 3, TOKENIZER)[0].tolist() == [1, 0, 1, 0, 1, 0]
 
 
 # --- evaluation ---------------------------------------------------------------------------------------------------
@@ -355,7 +367,7 @@ def test_answers_are_those_of_their_rollouts(watch):
             for (_, prompts, samples, _, temperature, g), _ in calls] == [
         (n, 2, 0.6, generator(7, i).initial_seed()) for n, i in ((2, 0), (2, 2), (1, 4))]
     rollouts = [rollout for _, rollout in calls]
-    assert found == ([text for r in rollouts for text in r.texts()],
+    assert found == ([text for r in rollouts for text in r.texts(TOKENIZER)],
                      [end for r in rollouts for end in r.finished.tolist()],
                      [n for r in rollouts for n in r.length.tolist()])
 
@@ -377,7 +389,7 @@ def test_the_command_passes_its_settings_on(tmp_path, monkeypatch):
     (first, domain, rows, second, *rest), = calls
     assert [domain, *rest] == ["animals", 5, 0.6, 7] and rows == held_out("animals", "val", 3)
     for model, path in (first, policy), (second, opponent):
-        assert tiny.same(model.state_dict(), load_model(path, "GPT").state_dict())
+        assert tiny.same(model.state_dict(), load_model(path).state_dict())
 
 
 def test_answers_follow_their_prompts(make):
@@ -399,6 +411,6 @@ def test_held_out_rows_are_spread_and_distinct(count, expected):
 
 def test_end_is_the_last_token_read():
     """What `finished` means to the learned reward."""
-    ids, mask = pad_completions([" grass.", " grass."], finished=[True, False])
+    ids, mask = pad_completions([" grass.", " grass."], TOKENIZER, finished=[True, False])
     assert ids[0, mask[0]].tolist() == ids[1, mask[1]].tolist() + [END]
-    assert Prompts.from_texts(["a"]).ids[0].tolist() == encode_prompt("a")
+    assert Prompts.from_texts(["a"], TOKENIZER).ids[0].tolist() == TOKENIZER.encode_prompt("a")

@@ -9,14 +9,17 @@ import types
 import pytest
 import torch
 
-from grpo_min import grpo, metrics, ppo, runs
-from grpo_min.config import UserError
+from grpo_min import grpo, ppo
 from grpo_min.grpo import kl_estimate
 from grpo_min.rewards import learned, load_reward
 from grpo_min.rollout import require_fit, token_logprobs
-from grpo_min.runs import load_model
+from grpo_min.run import cores, log, metrics
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import UserError
 from tests import tiny
 from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
+
+pytestmark = pytest.mark.usefixtures("no_curves")
 
 
 # --- threads ------------------------------------------------------------------------------------------------------
@@ -26,16 +29,16 @@ from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
 def test_one_thread_where_others_use_the_cores(cpu, preempted, left, tmp_path, monkeypatch, capsys):
     """cpu: cores that this process had in each second, preempted: how often it was taken off one."""
     threads, seconds = [2], iter(range(1000, 1100, 3))
-    run = runs.Run(settings(grpo, tmp_path), [], {})
+    run = log.Run(settings(grpo, tmp_path), [], {})
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     with run:
-        for _ in range(3):
+        for step in range(3):
             now = next(seconds)
-            monkeypatch.setattr(runs.time, "perf_counter", lambda: now)
-            monkeypatch.setattr(runs.time, "process_time", lambda: now * cpu)
-            monkeypatch.setattr(runs.resource, "getrusage", lambda _: types.SimpleNamespace(ru_nivcsw=now * preempted))
-            run.share_cores()
+            monkeypatch.setattr(cores.time, "perf_counter", lambda: now)
+            monkeypatch.setattr(cores.time, "process_time", lambda: now * cpu)
+            monkeypatch.setattr(cores.resource, "getrusage", lambda _: types.SimpleNamespace(ru_nivcsw=now * preempted))
+            run.step_done(step, {}, "")
     assert threads[-1] == left and len(threads) == (2 if left == 1 else 1)
     assert ("1 thread" in capsys.readouterr().out) == (left == 1)
 
@@ -59,6 +62,31 @@ def test_gradients_are_clipped_to_the_norm_that_is_set(loop, tmp_path, watch):
     assert [arguments[4] for arguments, _ in calls] == [0.37] * (4 if loop is grpo else 8)
 
 
+@LOOPS
+@pytest.mark.parametrize("more, charged", [(dict(kl="k2", beta=0.3), 0.3), (dict(kl="k3", beta=0.3), 0.3),
+                                           (dict(beta=0.0), 0), (dict(kl="k1", kl_in="reward", beta=0.3), 0)],
+                         ids=["k2", "k3", "no reference", "in the reward"])
+def test_the_loss_is_told_beta_times_the_kl_of_each_token(loop, more, charged, tmp_path):
+    """With a gradient, and nothing where there is no reference or the KL is charged in the reward."""
+    estimates, penalties = [], []
+
+    def kl(logprobs, ref_logprobs, kind):
+        assert kind == more["kl"] and not ref_logprobs.requires_grad
+        estimates.append(loop.kl_estimate(logprobs, ref_logprobs, kind))
+        return estimates[-1]
+
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
+        penalties.append(penalty)
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
+    loop.train(settings(loop, tmp_path, steps=2, epochs=2, minibatches=2, **more), reward=letter_e, loss=loss, kl=kl)
+    assert len(penalties) == 8
+    if charged:
+        assert all(torch.equal(penalty, 0.3 * each) for penalty, each in zip(penalties, estimates, strict=True))
+        assert penalties[1].shape[0] == 6 and penalties[1].requires_grad and (penalties[-1] != 0).any()
+    else:
+        assert penalties == [0.0] * 8 and len(estimates) == (2 if more["beta"] else 0)
+
+
 def test_value_loss_gets_its_settings(tmp_path, watch):
     """The clip around the values at sampling, in later epochs too; the returns as GAE gave them, whitened or not."""
     advantages, losses, updates = [], watch(ppo, "value_loss"), watch(ppo, "update")
@@ -67,7 +95,7 @@ def test_value_loss_gets_its_settings(tmp_path, watch):
         advantages.append((arguments, ppo.gae(*arguments)))
         return advantages[-1][1]
     config = settings(ppo, tmp_path, steps=1, minibatches=2, epochs=2, value_clip=0.05, value_coef=3.0, gamma=0.8,
-                      lam=0.1, scale_advantages=True, critic="reward_model",
+                      lam=0.1, whiten=True, critic="reward_model",
                       reward_model=tiny.reward_checkpoint(tmp_path / "reward_model.pt"))
     ppo.train(config, reward=letter_e, advantage=advantage)
     ((_, old_values, _, *rest), (_, returns)), = advantages
@@ -83,6 +111,7 @@ def test_value_loss_gets_its_settings(tmp_path, watch):
 def test_critic_starts_as_a_copy_of_the_policy(tmp_path):
     policy = tiny.gpt()
     critic = ppo.start_critic(ppo.PPOConfig(), policy, torch.device("cpu"))
+    assert critic.tokenizer is policy.tokenizer and (critic.scalar.weight == 0).all()
     assert tiny.same(critic.trunk.state_dict(), policy.state_dict())
     assert critic.trunk.tokens.weight.data_ptr() != policy.tokens.weight.data_ptr()
 
@@ -97,6 +126,37 @@ def test_prompts_and_sampling_depend_on_seed_and_step(loop, tmp_path, watch):
     assert [arguments for arguments, _ in generators] == [(3, 0), (3, 1)]
 
 
+# --- the tokenizer ------------------------------------------------------------------------------------------------
+
+@LOOPS
+def test_a_run_is_in_the_tokens_of_its_model(loop, tmp_path, watch):
+    """Prompts, completions, their text and the checkpoint: all by the model's tokenizer, the critic's too."""
+    other, seen, asked = tiny.other_tokenizer(), [], watch(loop, "token_logprobs")
+
+    def reward(prompts, completions, **columns):
+        seen.append(list(zip(completions, columns["finished"])))
+        return letter_e(prompts, completions)
+    config = settings(loop, tmp_path, run=str(tmp_path / "run"), steps=2)
+    policy, _ = loop.train(config, reward=reward, model=tiny.gpt(tokenizer=other))
+    assert len(asked) == 2
+    for ((_, prompts, ids, mask, *_), _), step in zip(asked, seen):
+        for row, length, text in zip(prompts.ids.tolist(), prompts.length.tolist(), prompts.texts):
+            assert row[:length] == other.encode_prompt(text) and set(row[length:]) <= {other.pad}
+        for row, real, (text, finished) in zip(ids, mask, step):
+            assert text + "<|end|>" * finished == other.decode(row[real].tolist())
+            assert finished == (other.end in row[real].tolist()) and (row[~real] == other.pad).all()
+        assert not all(finished for _, finished in step)
+    assert any(finished for step in seen for _, finished in step)
+    again = load_model(tmp_path / "run/checkpoint.pt")
+    assert again.tokenizer.to_dict() == other.to_dict() and again.config.vocab_size == other.vocab_size == 262
+    samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    (_, _, ids, mask, *_), _ = asked[-1]
+    for sample, row, real in zip(samples[9:], ids, mask):
+        assert sample["tokens"] == [other.decode([token]) for token in row[real].tolist()]
+    if loop is ppo:
+        assert ppo.start_critic(config, policy, torch.device("cpu")).tokenizer is policy.tokenizer
+
+
 # --- what a row reports -------------------------------------------------------------------------------------------
 
 @LOOPS
@@ -104,7 +164,7 @@ def test_prompts_and_sampling_depend_on_seed_and_step(loop, tmp_path, watch):
 def test_kl_is_reported_as_k3_whatever_is_charged(loop, kind, tmp_path, monkeypatch):
     rollouts, config = recorded_rollouts(loop, monkeypatch), settings(loop, tmp_path, kl=kind)
     _, rows = loop.train(config, reward=letter_e)
-    reference = load_model(config.sft, "GPT")
+    reference = load_model(config.sft)
     for (prompts, rollout), row in zip(rollouts, rows):
         ref_logprobs, _ = token_logprobs(reference, prompts, rollout.completion_ids, rollout.mask)
         expected = kl_estimate(rollout.logprobs, ref_logprobs, "k3").sum(1).mean().item()
@@ -116,10 +176,10 @@ def test_kl_is_reported_as_k3_whatever_is_charged(loop, kind, tmp_path, monkeypa
 def test_gap_and_clip_shares_are_those_of_the_updates(loop, tmp_path):
     shares = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         ratio = (logprobs - old_logprobs).exp()[mask]
         shares.append([(ratio < 1 - clip_eps).float().mean().item(), (ratio > 1 + clip_eps).float().mean().item()])
-        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
     _, rows = loop.train(settings(loop, tmp_path, steps=1, epochs=2, minibatches=2, clip_eps=0.001), reward=letter_e,
                          loss=loss)
     assert rows[0]["gap"] < 5e-5, "of each minibatch with its own rows"
@@ -132,9 +192,9 @@ def test_gap_and_clip_shares_are_those_of_the_updates(loop, tmp_path):
 def test_samples_show_the_readers_reward_and_the_advantage_that_was_used(loop, tmp_path):
     used = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         used.append(advantages[:, 0])
-        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty)
     config = settings(loop, tmp_path, steps=3, run=str(tmp_path / "run"), kl="k1", kl_in="reward", beta=0.5)
     loop.train(config, reward=letter_e, loss=loss)
     samples = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
@@ -144,7 +204,7 @@ def test_samples_show_the_readers_reward_and_the_advantage_that_was_used(loop, t
 
 
 def test_explained_variance_counts_what_is_charged_in_the_reward(tmp_path, watch):
-    calls, charged = watch(ppo, "explained_variance"), []
+    calls, charged = watch(metrics, "explained_variance"), []
 
     def advantage(rewards, *rest):
         charged.append(rewards)
@@ -166,6 +226,7 @@ TROUBLE = dict(equal_groups=(0.5, 0.95), truncated=(0.1, 0.5), kl=(5.0, 50.0), e
 class FakeRun:
     def __init__(self, config):
         self.config, self.warned, self.rows, self.name = config, set(), [], ""
+        self.folder = None
 
     def step_done(self, step, row, line, samples):
         self.rows.append(row)
@@ -194,7 +255,7 @@ def test_an_entropy_of_no_token_is_no_trouble(tmp_path, capsys):
 @pytest.mark.parametrize("name, expected", [("correct", [1, 0, 1, 0]), ("well_formed", [0, 1, 1, 0]),
                                             ("both", [1, 0.2, 1.2, 0])])
 def test_rewards_have_the_names_they_are_called_by(name, expected):
-    reward, rows, files = load_reward(grpo.GRPOConfig(reward=name), None, 80, torch.device("cpu"))
+    reward, rows, files = load_reward(grpo.GRPOConfig(reward=name), None, tiny.gpt(context=80), torch.device("cpu"))
     said = [" 28", "<think> x</think> 27", "<think> x</think> 28", "27"]
     assert reward([""] * 4, said, answer=["28"] * 4, finished=[True] * 4) == pytest.approx(expected)
     assert len(files) == 1 and files[0].endswith("/arithmetic_train.jsonl") and "answer" in rows[0]
@@ -203,9 +264,9 @@ def test_rewards_have_the_names_they_are_called_by(name, expected):
 def test_learned_reward_reads_the_training_prompts_and_its_model(tmp_path):
     path = tiny.reward_checkpoint(tmp_path / "reward_model.pt")
     config = grpo.GRPOConfig(reward="learned", reward_model=path)
-    reward, _, files = load_reward(config, None, 80, torch.device("cpu"))
+    reward, _, files = load_reward(config, None, tiny.gpt(context=80), torch.device("cpu"))
     assert files[0].endswith("/animals_train.jsonl") and files[1] == path
-    model = load_model(path, "ScalarGPT")
+    model = load_model(path, kind="ScalarGPT")
     with torch.no_grad():
         model.scalar.bias += 1000                                                       # a score is not bounded
     assert learned(model)(["a"], ["b"])[0] == pytest.approx(reward(["a"], ["b"])[0] + 1000, abs=1e-2)

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from grpo_min import pretrain, reward_model, sft
-from grpo_min.runs import batch_rows, load_model, read_jsonl
-from grpo_min.tokenizer import END, encode_completion, encode_prompt
+from grpo_min.model import GPT
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.data import batch_rows, read_jsonl
 from tests import tiny
+from tests.tiny import END, TOKENIZER
 
 pytestmark = pytest.mark.usefixtures("double")
 
@@ -44,7 +46,7 @@ def test_pretraining_loss_by_hand(loss_of, tmp_path):
     text = tiny.text_file(tmp_path / "text.txt")
     loss, _, model, rest = loss_of(pretrain, pretrain.PretrainConfig(
         text=text, layers=1, heads=2, width=16, context=16, batch_size=4, seed=2, device="cpu"))
-    rows = pretrain.pack(pretrain.read_documents(text), 16, "2 0")[4:8]                          # (4, 17)
+    rows = pretrain.pack(pretrain.read_documents(text, TOKENIZER), 16, "2 0")[4:8]                          # (4, 17)
     logprobs = model.plain(rows[:, :16]).log_softmax(-1)
     expected = -sum(logprobs[b, t, rows[b, t + 1]] for b in range(4) for t in range(16)) / (4 * 16)
     assert_same(loss, expected, model)
@@ -58,7 +60,7 @@ def test_sft_loss_by_hand(loss_of, tmp_path):
     loss, _, model, rest = loss_of(sft, config)
     logprobs = []
     for row in batch_of(path, ["prompt", "response"], config):
-        prompt, response = encode_prompt(row["prompt"]), encode_completion(row["response"])
+        prompt, response = TOKENIZER.encode_prompt(row["prompt"]), TOKENIZER.encode_completion(row["response"])
         assert response[-1] == END
         all_logprobs = model.plain(torch.tensor([prompt + response]))[0].log_softmax(-1)
         logprobs += [all_logprobs[len(prompt) - 1 + t, token] for t, token in enumerate(response)]
@@ -71,13 +73,18 @@ def test_reward_model_loss_by_hand(loss_of, tmp_path, monkeypatch):
     path, sft_path = tiny.preferences(tmp_path / "pairs.jsonl"), tiny.checkpoint(tmp_path / "sft.pt", seed=4)
     config = reward_model.RewardModelConfig(sft=sft_path, preferences=path, batch_size=5, seed=2, weight_decay=0.25,
                                             device="cpu")
-    monkeypatch.setattr(reward_model, "ScalarGPT", lambda _: load_model(
-        tiny.reward_checkpoint(tmp_path / "reward_model.pt"), "ScalarGPT"))
+    with_scalar_head = GPT.with_scalar_head
+
+    def with_a_head_that_is_not_zero(gpt):
+        model = with_scalar_head(gpt)
+        torch.nn.init.normal_(model.scalar.weight)
+        return model
+    monkeypatch.setattr(GPT, "with_scalar_head", with_a_head_that_is_not_zero)
     loss, metrics, model, rest = loss_of(reward_model, config)
-    assert tiny.same(model.trunk.state_dict(), load_model(sft_path, "GPT").state_dict()) and rest == (0.25,)
+    assert tiny.same(model.trunk.state_dict(), load_model(sft_path).state_dict()) and rest == (0.25,)
 
     def score(row, side):
-        ids = torch.tensor([encode_prompt(row["prompt"]) + encode_completion(row[side])])
+        ids = torch.tensor([TOKENIZER.encode_prompt(row["prompt"]) + TOKENIZER.encode_completion(row[side])])
         assert ids[0, -1] == END
         return model.scalar(model.trunk.run(ids, torch.arange(ids.shape[1]))[0][0, -1])[0]
     margins = torch.stack([score(row, "chosen") - score(row, "rejected")

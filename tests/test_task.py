@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from grpo_min import evaluate, grpo, ppo, sft, study
-from grpo_min.config import UserError, run_command
+from grpo_min import evaluate, grpo, ppo, sft
 from grpo_min.rewards import numbers
-from grpo_min.runs import read_csv
-from grpo_min.study_countdown import in_words
+from grpo_min.run.config import UserError, run_command
+from grpo_min.run.table import read_csv
 from grpo_min.task import load_task
-from grpo_min.tokenizer import encode_completion, encode_prompt
 from tests import tiny
+from tests.tiny import TOKENIZER
 
+pytestmark = pytest.mark.usefixtures("no_curves")
 COUNTDOWN = Path(__file__).parent.parent / "tutorials" / "countdown.py"
 GOOD = '''
 def prompts(split):
@@ -343,8 +343,8 @@ def test_demonstrations_are_right_and_fit(countdown):
                 assert is_ == "is" and int(value) == dict(plus=int(a) + int(b), minus=int(a) - int(b),
                                                           times=int(a) * int(b))[word]
                 assert int(value) in range(50)
-    longest = max(len(encode_completion(row["response"])) for row in rows)
-    assert max(len(encode_prompt(row["prompt"])) for row in rows) + 60 <= 80 and longest <= 60
+    longest = max(len(TOKENIZER.encode_completion(row["response"])) for row in rows)
+    assert max(len(TOKENIZER.encode_prompt(row["prompt"])) for row in rows) + 60 <= 80 and longest <= 60
 
 
 def test_the_same_rows_in_every_process(countdown):
@@ -355,12 +355,3 @@ def test_the_same_rows_in_every_process(countdown):
 def test_checked_as_any_reward(countdown):
     with pytest.raises(UserError, match="reward.. of .*countdown.py must return 2 finite numbers"):
         numbers(countdown[2], ["p"], ["1+2+3", "1"], numbers=[[1, 2, 3]], target=[6], finished=[True])
-
-
-def test_the_study_runs_and_says_what_it_found(tmp_path, capsys):
-    study.main(["countdown", "--quick", "--seeds", "1", "--eval-prompts", "4", "--device", "cpu", "--run",
-                str(tmp_path / "runs"), "--out", str(tmp_path / "out")])
-    text = (tmp_path / "out/countdown.md").read_text(encoding="utf-8")
-    assert "| fine-tuned |" in text and "| GRPO |" in text and "4 test prompts" in text
-    assert in_words([0.2, 0.1, 0.3], [0.31, 0.5]).startswith("GRPO solves more with every seed")
-    assert in_words([0.2, 0.1, 0.3], [0.3, 0.5]).startswith("It is not shown")

@@ -44,14 +44,22 @@ def test_a_committed_notebook_is_one_whole_run(path):
 PAGES = [*NOTEBOOKS, *sorted((ROOT / "tutorials").glob("**/*.md"))]
 
 
+def headings(text):
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT / "tutorials")))
 def test_links_lead_somewhere(path):
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".ipynb":
         cells = nbformat.reads(text, as_version=4).cells
         text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
-    for target in re.findall(r"\]\(([^)#\s]+)\)", text):
+    for target, anchor in re.findall(r"\]\((?!http)([^)#\s]*)(?:#([^)\s]+))?\)", text):
         assert (path.parent / target).exists(), target
+        if anchor and target.endswith(".md"):
+            assert anchor in headings((path.parent / target).read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
 def test_committed_notebooks_are_small():

@@ -3,39 +3,51 @@
 Ratios are given by the log of the policy now; the old log-probabilities are 0 or small numbers, and are never trained.
 """
 import dataclasses
+import functools
 import json
 import math
 
 import pytest
 import torch
 
-from grpo_min import grpo, runs, variants
-from grpo_min.config import UserError, parse
-from grpo_min.grpo import GRPOConfig, group_advantages, policy_loss
-from grpo_min.metrics import update_metrics
+from grpo_min import grpo, variants
+from grpo_min.grpo import group_advantages, kl_estimate, policy_loss
 from grpo_min.rollout import Rollout
-from grpo_min.tokenizer import PAD
-from grpo_min.variants import ADVANTAGES, AGGREGATIONS, RATIOS, RECIPES, make_loss
+from grpo_min.run import log, metrics
+from grpo_min.run.checkpoint import load_checkpoint, load_model
+from grpo_min.run.config import UserError, parse
+from grpo_min.run.table import read_csv
+from grpo_min.variants import ADVANTAGES, AGGREGATIONS, RECIPES, VariantConfig, make_loss
 from tests import tiny
 from tests.test_algorithms import close, ragged
 from tests.test_loops import crash, state, stop_at
-from tests.tiny import assert_same_run, letter_e, settings
+from tests.tiny import PAD, assert_same_run, letter_e, settings
 
 REWARDS = torch.tensor([1.0, 2, 6, 0, 0, 3])          # two groups of three
-DEFAULTS = dataclasses.asdict(GRPOConfig())
+RATIOS = "token", "sequence", "cispo"
+DEFAULTS = dataclasses.asdict(VariantConfig())
+pytestmark = pytest.mark.usefixtures("no_curves")
+
+
+def loss_of(ratio="token", aggregation="sum", low=0.2, high=0.0, longest=1, clipped=None):
+    """A loss with these parts, with no clip_eps to be told: its own bounds are meant."""
+    loss = make_loss(VariantConfig(ratio=ratio, aggregation=aggregation, clip_eps=low, clip_eps_high=high,
+                                   max_new_tokens=longest), clipped)
+    return lambda logprobs, old, advantages, mask, *penalty: loss(logprobs, old, advantages, mask, None, *penalty)
 
 
 # --- advantages ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name, expected", [
-    ("mean_std", [-2 / (7 ** 0.5 + 1e-4), -1 / (7 ** 0.5 + 1e-4), 3 / (7 ** 0.5 + 1e-4),        # mean 3, squares 14 / 2
-                  -1 / (3 ** 0.5 + 1e-4), -1 / (3 ** 0.5 + 1e-4), 2 / (3 ** 0.5 + 1e-4)]),      # mean 1, squares 6 / 2
+    ("mean", [-2, -1, 3, -1, -1, 2]),
+    ("mean, scaled", [-2 / (7 ** 0.5 + 1e-4), -1 / (7 ** 0.5 + 1e-4), 3 / (7 ** 0.5 + 1e-4),    # mean 3, squares 14 / 2
+                      -1 / (3 ** 0.5 + 1e-4), -1 / (3 ** 0.5 + 1e-4), 2 / (3 ** 0.5 + 1e-4)]),  # mean 1, squares 6 / 2
     ("leave_one_out", [1 - 4, 2 - 3.5, 6 - 1.5, 0 - 1.5, 0 - 1.5, 3 - 0]),
     ("batch", [(r - 2) / (5.2 ** 0.5 + 1e-4) for r in (1, 2, 6, 0, 0, 3)]),                     # mean 2, squares 26 / 5
     ("none", [1, 2, 6, 0, 0, 3]),
 ])
 def test_advantages_by_hand(name, expected):
-    advantages = ADVANTAGES[name](REWARDS, 3)
+    advantages = ADVANTAGES[name.split(",")[0]](REWARDS, 3, scale="scaled" in name)
     assert close(advantages, expected) and advantages.dtype == torch.float32 and advantages.shape == (6,)
 
 
@@ -46,21 +58,18 @@ def test_leave_one_out_is_the_group_means_advantage_times_g_over_g_minus_1(G):
     assert close(variants.leave_one_out(rewards, G), group_advantages(rewards, G) * G / (G - 1), 1e-12)
 
 
-def test_mean_std_is_scale_advantages_to_the_bit():
-    rewards = torch.randn(40, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(variants.mean_std(rewards, 8), group_advantages(rewards, 8, scale=True))
-
-
-@pytest.mark.parametrize("name", ["mean_std", "leave_one_out", "batch"])
-def test_equal_rewards_have_advantages_of_exactly_zero(name):
-    assert torch.equal(ADVANTAGES[name](torch.tensor([0.7] * 12), 12), torch.zeros(12))
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("name", ["mean", "leave_one_out", "batch"])
+def test_equal_rewards_have_advantages_of_exactly_zero(name, scale):
+    assert torch.equal(ADVANTAGES[name](torch.tensor([0.7] * 12), 12, scale), torch.zeros(12))
 
 
 def test_batch_gives_groups_of_equals_an_advantage():
-    assert close(variants.batch(torch.tensor([0.0, 0, 1, 1]), 2), [v / (3 ** -0.5 + 1e-4) for v in (-.5, -.5, .5, .5)])
+    advantages = variants.batch_advantages(torch.tensor([0.0, 0, 1, 1]), 2)
+    assert close(advantages, [v / (3 ** -0.5 + 1e-4) for v in (-.5, -.5, .5, .5)])
 
 
-@pytest.mark.parametrize("name", ["mean_std", "leave_one_out"])
+@pytest.mark.parametrize("name", ["mean", "leave_one_out"])
 @pytest.mark.parametrize("count, group_size", [(4, 1), (5, 2)])
 def test_rewards_that_make_no_groups_are_refused(name, count, group_size):
     with pytest.raises(ValueError, match="groups"):
@@ -78,7 +87,7 @@ def test_rewards_that_make_no_groups_are_refused(name, count, group_size):
 def test_aggregations_by_hand(name, loss, gradients):
     logprobs = torch.zeros(2, 3, requires_grad=True)
     advantages, mask = torch.tensor([[2.0], [-4.0]]).expand(2, 3), ragged([1, 3])
-    found = make_loss("token", name, longest=10)(logprobs, torch.zeros(2, 3), advantages, mask, 0.2)
+    found = loss_of("token", name, longest=10)(logprobs, torch.zeros(2, 3), advantages, mask)
     found.backward()
     assert close(found, loss) and close(logprobs.grad, torch.tensor(gradients)[:, None] * mask)
 
@@ -90,7 +99,7 @@ def test_with_equal_lengths_aggregations_differ_by_a_constant_alone(ratio):
     mask, found = ragged([4, 4, 4]), {}
     for name in AGGREGATIONS:
         leaf = logprobs.clone().requires_grad_()
-        loss = make_loss(ratio, name, longest=4)(leaf, old, advantages, mask, 0.2)
+        loss = loss_of(ratio, name, longest=4)(leaf, old, advantages, mask)
         loss.backward()
         found[name] = torch.cat([loss.detach().view(1), leaf.grad.flatten()])
     for name in "sequence", "token", "constant":
@@ -103,16 +112,18 @@ def test_with_equal_lengths_aggregations_differ_by_a_constant_alone(ratio):
 def test_tokens_after_the_end_have_no_effect_and_empty_rows_are_finite(ratio, name):
     mask, found = ragged([2, 0, 4]), []
     for garbage in 0.0, 7.0:
-        logprobs, old, advantages = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(3))
+        logprobs, old, advantages, penalty = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(3))
         logprobs = logprobs.masked_fill(~mask, garbage).requires_grad_()
         advantages = advantages[:, :1].expand(3, 4)
-        loss = make_loss(ratio, name, longest=4)(logprobs, old.masked_fill(~mask, -garbage), advantages, mask, 0.2)
+        old, penalty = old.masked_fill(~mask, -garbage), penalty.masked_fill(~mask, 9 * garbage)
+        loss = loss_of(ratio, name, longest=4)(logprobs, old, advantages, mask, penalty)
         loss.backward()
         found.append((loss.item(), logprobs.grad))
     assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
     assert math.isfinite(found[0][0]) and (found[0][1][~mask] == 0).all() and (found[0][1][mask] != 0).any()
     empty = torch.zeros(2, 2, requires_grad=True)
-    make_loss(ratio, name, longest=4)(empty, torch.zeros(2, 2), torch.ones(2, 2), ragged([0, 0], 2), 0.2).backward()
+    nothing = ragged([0, 0], 2)
+    loss_of(ratio, name, longest=4)(empty, torch.zeros(2, 2), torch.ones(2, 2), nothing, torch.ones(2, 2)).backward()
     assert torch.equal(empty.grad, torch.zeros(2, 2))
 
 
@@ -126,29 +137,29 @@ def test_tokens_after_the_end_have_no_effect_and_empty_rows_are_finite(ratio, na
 ])
 def test_clip_higher_by_hand(ratio, high, surrogate, gradient):
     logprobs = torch.tensor([[math.log(ratio)]]).double().requires_grad_()
-    loss = make_loss(clip_eps_high=high)(logprobs, torch.zeros(1, 1), torch.full((1, 1), 2.0), ragged([1]), 0.2)
+    loss = loss_of(high=high)(logprobs, torch.zeros(1, 1), torch.full((1, 1), 2.0), ragged([1]))
     loss.backward()
     assert close(loss, -surrogate) and close(logprobs.grad, -gradient)
 
 
 def test_clip_higher_leaves_the_lower_bound_alone():
     logprobs = torch.tensor([[math.log(0.75)]], requires_grad=True)
-    loss = make_loss(clip_eps_high=0.28)(logprobs, torch.zeros(1, 1), torch.full((1, 1), -2.0), ragged([1]), 0.2)
+    loss = loss_of(high=0.28)(logprobs, torch.zeros(1, 1), torch.full((1, 1), -2.0), ragged([1]))
     loss.backward()
     assert close(loss, 0.8 * 2) and close(logprobs.grad, 0)
 
 
 def test_parts_of_the_defaults_make_policy_loss():
-    logprobs, old, advantages = torch.randn(3, 3, 4, generator=torch.Generator().manual_seed(4))
-    arguments = (logprobs, old, advantages, ragged([1, 4, 2]), 0.2)
-    assert torch.equal(make_loss()(*arguments), policy_loss(*arguments))
+    logprobs, old, advantages, penalty = torch.randn(4, 3, 4, generator=torch.Generator().manual_seed(4))
+    ours = loss_of()(logprobs, old, advantages, ragged([1, 4, 2]), penalty)
+    assert close(ours, policy_loss(logprobs, old, advantages, ragged([1, 4, 2]), 0.2, penalty))
 
 
 def of_one_row(ratio, tokens, advantage, clip_eps=0.2, high=0.0, aggregation="sequence"):
     """Loss and gradient of one completion whose tokens have these ratios."""
     logprobs = torch.tensor([tokens]).double().log().requires_grad_()
     old, advantages = torch.zeros(1, len(tokens)).double(), torch.full((1, len(tokens)), advantage).double()
-    loss = make_loss(ratio, aggregation, high)(logprobs, old, advantages, ragged([len(tokens)]), clip_eps)
+    loss = loss_of(ratio, aggregation, clip_eps, high)(logprobs, old, advantages, ragged([len(tokens)]))
     loss.backward()
     return loss.item(), logprobs.grad[0]
 
@@ -167,8 +178,8 @@ def test_sequence_ratio_by_hand():
 
 def test_sequence_ratio_is_each_completions_own():
     logprobs, mask = torch.tensor([[2.0, 9], [0.5, 0.5]]).log(), ragged([1, 2])
-    assert close(variants.log_ratio(logprobs, torch.zeros(2, 2), mask, "sequence").exp(), [[2.0], [0.5]])
-    assert close(variants.log_ratio(logprobs, torch.zeros(2, 2), mask).exp(), [[2.0, 9], [0.5, 0.5]])
+    ratio = variants.sequence_log_ratio(logprobs, torch.zeros(2, 2), mask).exp()
+    assert close(ratio, [[2.0, 2.0], [0.5, 0.5]])
 
 
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
@@ -188,7 +199,7 @@ def test_at_ratio_one_all_ratios_have_the_gradient_of_the_policy(aggregation):
     advantages = torch.tensor([[1.0], [-2.0], [3.0]]).double().expand(3, 4)
     for ratio in RATIOS:
         logprobs = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)).double().requires_grad_()
-        make_loss(ratio, aggregation, longest=4)(logprobs, logprobs.detach(), advantages, mask, 3e-4).backward()
+        loss_of(ratio, aggregation, 3e-4, longest=4)(logprobs, logprobs.detach(), advantages, mask).backward()
         found[ratio] = logprobs.grad
     divisor = {"sum": 1, "sequence": torch.tensor([[1], [4], [2]]), "token": 7 / 3,
                "constant": 4}[aggregation]
@@ -206,45 +217,117 @@ def test_clip_shares_are_those_of_the_ratio_that_is_clipped():
     logprobs, mask = torch.tensor([[1.25, 1.0], [0.5, 9.0]]).log(), ragged([2, 1])
     zeros = torch.zeros(2, 2)
 
-    def shares(*more):
-        row = update_metrics(torch.tensor(0.0), 0.0, logprobs, zeros, zeros, zeros, mask, 0.2, *more)
-        return row["clip_low"] * 3, row["clip_high"] * 3
-    assert shares() == pytest.approx((1, 1)) and shares(0.28) == pytest.approx((1, 0))
-    assert shares(0.1, "sequence") == pytest.approx((1, 2)), "sqrt(1.25) is 1.118, and both tokens are in"
+    def shares(**parts):
+        clipped = []
+        loss_of(clipped=clipped, **parts)(logprobs, zeros, zeros, mask)
+        (low, high), = clipped
+        return low * 3, high * 3
+    assert shares() == pytest.approx((1, 1)) and shares(high=0.28) == pytest.approx((1, 0))
+    assert shares(ratio="cispo", low=1.0, high=0.1) == pytest.approx((0, 1))
+    assert shares(high=0.1, ratio="sequence") == pytest.approx((1, 2)), "sqrt(1.25) is 1.118, and both tokens are in"
+
+
+# --- all of it against the papers' formulas -----------------------------------------------------------------------
+
+def by_the_papers(ratio, aggregation, low, high, longest, logprobs, old, advantages, mask, penalty):
+    """The loss, row by row and token by token: min(r A, clip(r, 1 - low, 1 + high) A) less the penalty, aggregated."""
+    sums, tokens = [], mask.sum()
+    for b, n in enumerate(mask.sum(1).tolist()):
+        total = logprobs.new_zeros(())
+        for t in range(n):
+            r, A = (logprobs[b, t] - old[b, t]).exp(), advantages[b, t]
+            if ratio == "sequence":
+                r = ((logprobs[b, :n] - old[b, :n]).sum() / n).exp()
+            surrogate = torch.min(r * A, r.clamp(1 - low, 1 + high) * A)
+            if ratio == "cispo":
+                surrogate = r.clamp(1 - low, 1 + high).detach() * A * logprobs[b, t]
+            total = total + surrogate - penalty[b, t]
+        sums.append(total / n if aggregation == "sequence" else total / longest if aggregation == "constant" else total)
+    return -sum(sums) / (tokens if aggregation == "token" else len(mask))
+
+
+@pytest.mark.parametrize("low, high", [(0.2, 0.28), (0.3, 0.1), (0.25, 0.25), (1.0, 3.0)])
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_the_loss_is_that_of_the_papers(ratio, aggregation, low, high):
+    """Values and gradients, with advantages of both signs, ratios on both sides of both bounds, and a KL penalty."""
+    mask, spread = ragged([1, 6, 3, 5, 2, 4]), torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(7)).double()
+    old, ref, advantages = spread[0] - 2, spread[1] - 2, 3 * spread[2]
+    found = []
+    for loss in loss_of(ratio, aggregation, low, high, longest=7), functools.partial(
+            by_the_papers, ratio, aggregation, low, high, 7):
+        logprobs = torch.randn(6, 6, generator=torch.Generator().manual_seed(8)).double().mul(0.6).add(old)
+        logprobs.requires_grad_()
+        penalty = 0.3 * kl_estimate(logprobs, ref, "k3")
+        value = loss(logprobs, old, advantages, mask, penalty)
+        value.backward()
+        found.append((value, logprobs.grad))
+    (ours, gradient), (theirs, expected) = found
+    assert close(ours, theirs, 1e-7) and close(gradient, expected, 1e-7)
+    changes = ((logprobs - old) * mask).detach()
+    r = (changes.sum(1) / mask.sum(1) if ratio == "sequence" else changes[mask]).exp()
+    assert (low == 1 or r.min() < 1 - low) and (high == 3 or r.max() > 1 + high), "or nothing is clipped"
+    assert (advantages[mask] > 0).any() and (advantages[mask] < 0).any()
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("ratio", RATIOS)
+def test_an_aggregation_divides_surrogate_and_penalty_alike(ratio, aggregation):
+    """Advantages that are the penalty cancel it, where every ratio is 1, whatever both are divided by."""
+    mask, numbers = ragged([1, 4, 2]), torch.randn(3, 4, generator=torch.Generator().manual_seed(9)).double()
+    zeros = torch.zeros(3, 4).double()
+    loss = loss_of(ratio, aggregation, longest=7)
+    charge = loss(zeros, zeros, 0 * numbers, mask, numbers)
+    divisor = {"sum": 1, "sequence": torch.tensor([[1], [4], [2]]), "token": 7 / 3, "constant": 7}[aggregation]
+    assert close(charge, (numbers * mask / divisor).sum() / 3)
+    if ratio != "cispo":                                         # whose value is not that of its ratio
+        assert close(loss(zeros, zeros, numbers, mask, numbers), 0, 1e-9)
+        assert close(loss(zeros, zeros, numbers, mask, 2 * numbers), charge)
 
 
 # --- in the loop --------------------------------------------------------------------------------------------------
 
-def test_scale_advantages_still_is_mean_std(tmp_path):
-    found = [grpo.train(settings(grpo, tmp_path, steps=2, **more), reward=letter_e)
-             for more in (dict(scale_advantages=True), dict(advantage="mean_std"), dict())]
-    assert tiny.same(state(found[0][0]), state(found[1][0])) and not tiny.same(state(found[0][0]), state(found[2][0]))
+def test_the_defaults_are_those_of_grpo(tmp_path):
+    """Without a part named, it is the run of grpo.py, clipped and scaled alike."""
+    for more in dict(), dict(scale_advantages=True, epochs=2, clip_eps=0.01):
+        (ours, rows), (theirs, expected) = [
+            module.train(settings(module, tmp_path, steps=2, **more), reward=letter_e) for module in (variants, grpo)]
+        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours.parameters(), theirs.parameters()))
+        for row, other in zip(rows, expected):
+            assert row.keys() == other.keys() and row["loss"] == pytest.approx(other["loss"], abs=1e-6)
+            assert row["clip_low"] == pytest.approx(other["clip_low"]) and row["gap"] == other["gap"]
+
+
+def test_scaled_advantages_are_others(tmp_path):
+    found = [variants.train(settings(variants, tmp_path, steps=2, scale_advantages=on), reward=letter_e)[0]
+             for on in (False, True)]
+    assert not tiny.same(state(found[0]), state(found[1]))
 
 
 @pytest.mark.parametrize("name", ADVANTAGES)
 def test_advantage_is_the_one_named(name, tmp_path):
     seen = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
         seen.append(advantages)
         return (logprobs * 0).sum()
 
     def reward(prompts, completions, **columns):
         return [float(i % 5) for i in range(12)]
-    grpo.train(settings(grpo, tmp_path, steps=1, advantage=name), reward=reward, loss=loss)
+    variants.train(settings(variants, tmp_path, steps=1, advantage=name), reward=reward, loss=loss)
     assert torch.equal(seen[0][:, 0], ADVANTAGES[name](torch.arange(12.0) % 5, 3))
 
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 @pytest.mark.parametrize("beta", [0.0, 0.5])
 def test_surrogate_and_penalty_are_divided_alike_and_by_all_tokens(aggregation, beta, tmp_path, monkeypatch):
-    """With beta 0 groups of equals are left out of the forward, but their tokens count in the mean over tokens."""
+    """Groups of equals count in the mean over tokens, too."""
     rollouts = tiny.recorded_rollouts(grpo, monkeypatch)
 
     def reward(prompts, completions, **columns):
         return [0.0] * 6 + [1.0, 2, 6, 0, 0, 3]                                         # two groups of equals
-    config = settings(grpo, tmp_path, steps=1, beta=beta, aggregation=aggregation)
-    _, (row,) = grpo.train(config, reward=reward, kl=lambda logprobs, ref_logprobs, kind: 0 * logprobs + 0.3)
+    config = settings(variants, tmp_path, steps=1, beta=beta, aggregation=aggregation)
+    _, (row,) = variants.train(config, reward=reward, kl=lambda logprobs, ref_logprobs, kind: 0 * logprobs + 0.3)
     length = rollouts[0][1].mask.sum(1).double()                                        # (12,)
     assert length.min() < length.max()
     divisor = {"sum": torch.ones(12), "sequence": length, "token": length.mean().expand(12),
@@ -254,111 +337,151 @@ def test_surrogate_and_penalty_are_divided_alike_and_by_all_tokens(aggregation, 
     assert row["loss"] == pytest.approx(expected, abs=1e-5)
 
 
-def test_ratio_and_bound_reach_loss_and_metrics(tmp_path, watch):
-    made, measured = watch(grpo, "make_loss"), watch(grpo, "update_metrics")
-    config = settings(grpo, tmp_path, steps=1, ratio="sequence", aggregation="constant", clip_eps=0.1,
-                      clip_eps_high=0.3)
-    grpo.train(config, reward=letter_e)
-    assert made[0][0] == ("sequence", "constant", 0.3, 6) and measured[0][0][7:] == (0.1, 0.3, "sequence")
+def test_a_rows_clip_shares_are_those_of_the_variants_own_ratio_and_bounds(tmp_path, watch):
+    """Means over the updates of a step; of the sequences' ratio, where that is clipped, and with the upper bound."""
+    measured, losses = watch(metrics, "update_metrics"), watch(variants, "sequence_log_ratio")
+    config = settings(variants, tmp_path, steps=2, epochs=2, minibatches=2, ratio="sequence", aggregation="constant",
+                      clip_eps=0.001, clip_eps_high=0.004)
+    _, rows = variants.train(config, reward=letter_e)
+    assert len(measured) == len(losses) == 8
+    for step, row in enumerate(rows):
+        expected = []
+        for ((*_, mask), log_ratio) in losses[4 * step:4 * step + 4]:
+            ratio = log_ratio.detach().exp()
+            expected.append([(outside & mask).sum() / mask.sum() for outside in (ratio < 0.999, ratio > 1.004)])
+        low, high = torch.tensor(expected).mean(0).tolist()
+        assert row["clip_low"] == pytest.approx(low) and row["clip_high"] == pytest.approx(high)
+        tokens = [result for _, result in measured[4 * step:4 * step + 4]]
+        assert low > 0 and abs(row["clip_low"] - sum(update["clip_low"] for update in tokens) / 4) > 0.01
 
 
-def test_default_parts_are_the_functions_of_the_file(tmp_path, watch):
-    made, used, compared = watch(grpo, "make_loss"), watch(grpo, "policy_loss"), watch(grpo, "group_advantages")
-    grpo.train(settings(grpo, tmp_path, steps=1), reward=letter_e)
-    assert (len(made), len(used), len(compared)) == (0, 1, 1)
+def test_evaluate_joins_the_row_beside_the_clip_shares(tmp_path):
+    def evaluate(policy, step):
+        return dict(held_out=step) if step else {}
+    _, rows = variants.train(settings(variants, tmp_path, steps=2), reward=letter_e, evaluate=evaluate)
+    assert [row.get("held_out") for row in rows] == [None, 1] and all(row["clip_low"] == 0 for row in rows)
+
+
+def test_default_parts_are_the_functions_of_grpo(tmp_path, watch):
+    used = watch(variants, "policy_loss")
+    variants.train(settings(variants, tmp_path, steps=1), reward=letter_e)
+    assert len(used) == 1 and ADVANTAGES["mean"] is group_advantages
 
 
 def test_arguments_win_over_names(tmp_path):
-    config = settings(grpo, tmp_path, steps=1, beta=0.0, advantage="batch", aggregation="token")
-    policy, (row,) = grpo.train(config, reward=letter_e, advantage=lambda rewards, *_: rewards * 0,
-                                loss=lambda logprobs, *_: logprobs.sum() * 0 + 7)
-    assert row["loss"] == 7 and tiny.same(state(policy), state(runs.load_model(config.sft, "GPT")))
+    config = settings(variants, tmp_path, steps=1, beta=0.0, advantage="batch", aggregation="token",
+                      dynamic_sampling=True)
+    calls = []
+
+    def collect(*arguments):
+        calls.append(arguments)
+        return grpo.collect(*arguments)
+    policy, (row,) = variants.train(config, reward=letter_e, advantage=lambda rewards, *_: rewards * 0,
+                                    loss=lambda logprobs, *_: logprobs.sum() * 0 + 7, collect=collect)
+    assert row["loss"] == 7 and tiny.same(state(policy), state(load_model(config.sft)))
+    assert len(calls) == 1 and "dropped" not in row
 
 
 @pytest.mark.parametrize("more, said", [(dict(clip_eps_high=-0.1), "--clip-eps-high"),
                                         (dict(scale_advantages=True, advantage="batch"), "--scale-advantages")])
 def test_settings_that_cannot_work(more, said, tmp_path):
     with pytest.raises(UserError, match=said):
-        grpo.train(settings(grpo, tmp_path, **more), reward=letter_e)
+        variants.train(settings(variants, tmp_path, **more), reward=letter_e)
 
 
 # --- recipes ------------------------------------------------------------------------------------------------------
 
 PUBLISHED = {       # all that differs from the defaults
-    "grpo": dict(advantage="mean_std", aggregation="sequence", beta=0.04),
-    "dapo": dict(advantage="mean_std", aggregation="token", clip_eps_high=0.28, beta=0.0, dynamic_sampling=True),
+    "grpo": dict(scale_advantages=True, aggregation="sequence", beta=0.04),
+    "dapo": dict(scale_advantages=True, aggregation="token", clip_eps_high=0.28, beta=0.0, dynamic_sampling=True),
     "dr_grpo": dict(aggregation="constant", beta=0.0),
     "rloo": dict(advantage="leave_one_out", kl="k1", kl_in="reward"),
-    "gspo": dict(advantage="mean_std", aggregation="sequence", ratio="sequence", clip_eps=3e-4, clip_eps_high=4e-4,
+    "gspo": dict(scale_advantages=True, aggregation="sequence", ratio="sequence", clip_eps=3e-4, clip_eps_high=4e-4,
                  beta=0.0),
-    "cispo": dict(advantage="mean_std", aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=3.0, beta=0.0),
+    "cispo": dict(scale_advantages=True, aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=3.0, beta=0.0),
     "reinforce++": dict(advantage="batch", aggregation="token", kl="k1", kl_in="reward"),
 }
 
 
+@pytest.fixture
+def parsed(monkeypatch):
+    """parsed(words) -> the config that a command line with these words trains with, as a dict."""
+    def parsed(words):
+        configs = []
+        monkeypatch.setattr(variants, "train", configs.append)
+        variants.main(words.split())
+        return dataclasses.asdict(configs[0])
+    return parsed
+
+
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_sets_its_parts_and_nothing_else(name):
-    found = dataclasses.asdict(parse(GRPOConfig, ["--recipe", name, "--steps", "7"], RECIPES))
-    assert found == dict(DEFAULTS, steps=7, **PUBLISHED[name])
+def test_a_recipe_sets_its_parts_and_nothing_else(name, parsed):
+    assert parsed(f"--recipe {name} --steps 7") == dict(DEFAULTS, steps=7, **PUBLISHED[name])
 
 
-def test_a_recipe_does_not_depend_on_the_defaults():
-    changed = dict(clip_eps=0.7, beta=0.7, kl="k2", ratio="cispo", advantage="none")
-    other = dataclasses.make_dataclass("Other", [(f.name, f.type, dataclasses.field(
-        default=changed.get(f.name, f.default), metadata=f.metadata)) for f in dataclasses.fields(GRPOConfig)])
-    found = parse(other, ["--recipe", "grpo"], RECIPES)
-    parts = found.beta, found.kl, found.ratio, found.advantage, found.clip_eps
-    assert parts == (0.04, "k3", "token", "mean_std", 0.7)
+def test_a_recipe_does_not_depend_on_the_defaults(parsed, monkeypatch):
+    changed = dict(clip_eps=0.7, beta=0.7, kl="k2", ratio="cispo")
+    fields = [(f.name, f.type, dataclasses.field(default=changed.get(f.name, f.default), metadata=f.metadata))
+              for f in dataclasses.fields(VariantConfig)]
+    monkeypatch.setattr(variants, "VariantConfig", dataclasses.make_dataclass("Other", fields))
+    found = parsed("--recipe grpo")
+    parts = [found[name] for name in ("beta", "kl", "ratio", "scale_advantages", "clip_eps")]
+    assert parts == [0.04, "k3", "token", True, 0.7]
 
 
 @pytest.mark.parametrize("words", ["--recipe dapo --beta 0.01 --no-dynamic-sampling --aggregation sum",
                                    "--beta 0.01 --aggregation sum --no-dynamic-sampling --recipe dapo"])
-def test_an_option_wins_over_the_recipe(words):
+def test_an_option_wins_over_the_recipe(words, parsed):
     # All three are the defaults, so that comparing with these would not show that they were given.
-    found = dataclasses.asdict(parse(GRPOConfig, words.split(), RECIPES))
-    assert found == dict(DEFAULTS, advantage="mean_std", clip_eps_high=0.28)
+    assert parsed(words) == dict(DEFAULTS, scale_advantages=True, clip_eps_high=0.28)
 
 
-def test_a_recipe_for_one_command_line_leaves_the_next_alone():
-    parse(GRPOConfig, ["--recipe", "gspo"], RECIPES)
-    assert parse(GRPOConfig, [], RECIPES) == GRPOConfig()
+def test_a_recipe_that_nothing_would_heed_is_refused():
+    with pytest.raises(UserError, match="RECIPES"):
+        variants.train(variants.VariantConfig(run="", recipe="dapo"))
+
+
+def test_a_recipe_for_one_command_line_leaves_the_next_alone(parsed):
+    parsed("--recipe gspo")
+    assert parsed("") == DEFAULTS and parse(VariantConfig, []) == VariantConfig()
 
 
 @pytest.mark.parametrize("option, value", [("--recipe", "grpoo"), ("--advantage", "median"), ("--ratio", "batch"),
                                            ("--aggregation", "product")])
 def test_unknown_names_are_refused_in_one_line(option, value):
     with pytest.raises(UserError, match=f"argument {option}: invalid choice: '{value}'") as refused:
-        grpo.main([option, value])
+        variants.main([option, value])
     assert "\n" not in str(refused.value)
 
 
-def test_help_and_readme_list_the_recipes(capsys, root):
+def test_help_lists_the_recipes_and_the_readme_names_them(capsys, root, parsed):
     with pytest.raises(SystemExit):
-        grpo.main(["--help"])
+        variants.main(["--help"])
     shown, readme = capsys.readouterr().out, (root / "README.md").read_text(encoding="utf-8")
-    table = shown[shown.index("recipes (an option given"):].strip().splitlines()[1:]
+    _, _, table = shown.partition("recipes:\n")
+    table = table.split("\n\n")[0].splitlines()
     assert [line.split()[0] for line in table] == list(RECIPES)
     for line in table:
-        name, *options = line.split()
-        again = parse(GRPOConfig, options)
-        assert again == parse(GRPOConfig, ["--recipe", name], RECIPES), "the options printed are the recipe"
-        assert f"| `{name}` | `{' '.join(options)}` |" in readme
+        name, options = line.split(maxsplit=1)
+        assert parsed(options) == parsed(f"--recipe {name}"), "the options printed are the recipe"
+    command, = [line for line in readme.splitlines() if line.startswith("python -m grpo_min.variants --recipe ")]
+    assert all(name in command.replace(",", " ").split() for name in RECIPES)
 
 
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("more", [[], ["--epochs", "2", "--minibatches", "2"]], ids=["one update", "four updates"])
 def test_recipes_run(name, more, tmp_path, monkeypatch):
-    monkeypatch.setattr(grpo, "train", lambda config, train=grpo.train: train(config, reward=letter_e))
+    monkeypatch.setattr(variants, "train", functools.partial(variants.train, reward=letter_e))
     before = tiny.gpt()
     options = dict(run=tmp_path / "run", sft=tiny.checkpoint(tmp_path / "sft.pt"), steps=2, lr=0.001,
                    prompts=tiny.prompts(tmp_path / "prompts.jsonl"), prompts_per_step=4, group_size=3, max_new_tokens=6)
     words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    grpo.main(["--recipe", name, *words, *more])
-    policy = runs.load_model(tmp_path / "run/checkpoint.pt", "GPT")
+    variants.main(["--recipe", name, *words, *more])
+    policy = load_model(tmp_path / "run/checkpoint.pt")
     assert not tiny.same(state(policy), state(before))
     written = json.loads((tmp_path / "run/config.json").read_text())
-    assert "recipe" not in written and {key: written[key] for key in RECIPES[name]} == RECIPES[name]
-    rows = runs.read_csv(tmp_path / "run/metrics.csv")
+    assert {key: written[key] for key in RECIPES[name]} == RECIPES[name]
+    rows = read_csv(tmp_path / "run/metrics.csv")
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in rows) and len(rows) == 2
 
 
@@ -372,30 +495,38 @@ def hard(*good):
 
 
 def dynamic(folder, **more):
-    return settings(grpo, folder, **dict(dict(steps=1, dynamic_sampling=True), **more))
+    return settings(variants, folder, **dict(dict(steps=1, dynamic_sampling=True), **more))
 
 
 def trained_prompts(config, reward, watch):
     """The prompts of the trained batch of every step, and the rows of metrics."""
-    calls = watch(grpo, "shown_samples")
-    _, rows = grpo.train(config, reward=reward)
+    calls = watch(metrics, "shown_samples")
+    _, rows = variants.train(config, reward=reward)
     return [[row["prompt"] for row in batch] for (_, _, _, batch, *_), _ in calls], rows
 
 
-def test_groups_of_equals_are_replaced_until_the_batch_is_full(tmp_path, watch):
-    sampled, advantages = watch(grpo, "sample"), watch(grpo, "group_advantages")
+def watch_both(watch, name):
+    """The calls of grpo.py, which samples first, and of variants.py, which samples what replaces it."""
+    calls = watch(grpo, name)
+    return watch(variants, name, calls)
+
+
+def test_groups_of_equals_are_replaced_until_the_batch_is_full(tmp_path, watch, monkeypatch):
+    sampled, advantages = watch_both(watch, "sample"), []
+    monkeypatch.setitem(ADVANTAGES, "mean", lambda *arguments: (
+        advantages.append(arguments), group_advantages(*arguments))[1])
     kept, (row,) = trained_prompts(dynamic(tmp_path), hard(*tiny.PROMPTS[:7]), watch)
     assert len(set(kept[0])) == 4 and set(kept[0]) <= set(tiny.PROMPTS[:7]) and row["equal_groups"] == 0
     seen = [text for (_, prompts, *_), _ in sampled for text in prompts.texts]
     assert len(set(seen)) == len(seen) > 4, "no prompt is sampled twice"
     assert row["dropped"] == len(seen) - 4 and row["completions"] == 3 * len(seen)
-    assert torch.equal(advantages[0][0][0], torch.tensor([0.0, 1, 2] * 4))
+    assert torch.equal(advantages[0][0], torch.tensor([0.0, 1, 2] * 4))
     assert row["seconds_sample"] > 0 and row["reward"] == 1
 
 
 def test_groups_that_differ_stay_where_they_are(tmp_path, watch):
     good = tiny.PROMPTS[:7]
-    first, _ = trained_prompts(settings(grpo, tmp_path, steps=1), hard(*good), watch)
+    first, _ = trained_prompts(settings(variants, tmp_path, steps=1), hard(*good), watch)
     kept, _ = trained_prompts(dynamic(tmp_path), hard(*good), watch)
     assert any(prompt in good for prompt in first[0]) and any(prompt not in good for prompt in first[0])
     assert all(new == old for old, new in zip(first[0], kept[0]) if old in good)
@@ -403,14 +534,14 @@ def test_groups_that_differ_stay_where_they_are(tmp_path, watch):
 
 def test_what_is_trained_are_the_rows_of_the_prompts_kept(tmp_path, watch):
     """Prompt, completion ids, mask and the sampler's log-probabilities stay together, whatever was replaced."""
-    updates, parts = watch(grpo, "update_metrics"), watch(grpo, "token_logprobs")
+    updates, parts = watch(metrics, "update_metrics"), watch(grpo, "token_logprobs")
     kept, (row,) = trained_prompts(dynamic(tmp_path, epochs=1), hard(*tiny.PROMPTS[:7]), watch)
     assert row["dropped"] > 0 and row["gap"] < 1e-5
     assert parts[0][0][1].texts == kept[0] and updates[0][0][6].sum() > 12
 
 
 def test_nothing_is_replaced_where_all_groups_differ(tmp_path):
-    found = [grpo.train(settings(grpo, tmp_path, dynamic_sampling=on), reward=hard(*tiny.PROMPTS))
+    found = [variants.train(settings(variants, tmp_path, dynamic_sampling=on), reward=hard(*tiny.PROMPTS))
              for on in (False, True)]
     assert tiny.same(state(found[0][0]), state(found[1][0]))
     assert [row.get("dropped") for _, rows in found for row in rows] == [None] * 3 + [0] * 3
@@ -418,25 +549,25 @@ def test_nothing_is_replaced_where_all_groups_differ(tmp_path):
 
 
 def test_it_ends_when_every_prompt_has_had_its_turn(tmp_path, watch):
-    sampled = watch(grpo, "sample")
+    sampled = watch_both(watch, "sample")
     config = dynamic(tmp_path, prompts_per_step=5, beta=0.0)                     # 12 prompts: 5, 5 others, the last 2
-    policy, (row,) = grpo.train(config, reward=hard())
+    policy, (row,) = variants.train(config, reward=hard())
     assert [len(prompts.texts) for (_, prompts, *_), _ in sampled] == [5, 5, 2]
     assert row["dropped"] == 7 and row["completions"] == 36 and row["equal_groups"] == 1
-    assert tiny.same(state(policy), state(runs.load_model(config.sft, "GPT")))
+    assert tiny.same(state(policy), state(load_model(config.sft)))
 
 
 def test_it_ends_after_so_many_rounds(tmp_path, watch, monkeypatch):
-    sampled = watch(grpo, "sample")
-    monkeypatch.setattr(grpo, "REFILLS", 2)
-    _, rows = grpo.train(dynamic(tmp_path, prompts_per_step=2, steps=2), reward=hard())
+    sampled = watch_both(watch, "sample")
+    monkeypatch.setattr(variants, "REFILLS", 2)
+    _, rows = variants.train(dynamic(tmp_path, prompts_per_step=2, steps=2), reward=hard())
     assert len(sampled) == 2 * 3 and [row["dropped"] for row in rows] == [4, 4]
     assert [row["completions"] for row in rows] == [18, 36]
 
 
 def test_draws_depend_on_seed_step_and_round_alone(tmp_path, watch):
-    sampled, generators = watch(grpo, "sample"), watch(grpo, "generator")
-    grpo.train(dynamic(tmp_path, seed=3, steps=2, prompts_per_step=4), reward=hard())
+    sampled, generators = watch_both(watch, "sample"), watch_both(watch, "generator")
+    variants.train(dynamic(tmp_path, seed=3, steps=2, prompts_per_step=4), reward=hard())
     assert [arguments for arguments, _ in generators] == [
         each for step in (0, 1) for each in ((3, step), ("3 refill", step), ("3 refill 0", step), ("3 refill 1", step))]
     orders = [[text for (_, prompts, *_), _ in sampled[i + 1:i + 3] for text in prompts.texts] for i in (0, 3)]
@@ -447,15 +578,23 @@ def test_resumed_run_is_the_uninterrupted_one(tmp_path, monkeypatch):
     def reward(prompts, completions, **columns):
         return [float(len(text) > 8) for text in completions]
     whole, parts = (dynamic(tmp_path, run=str(tmp_path / name), steps=6, epochs=2) for name in ("a", "b"))
-    policy, rows = grpo.train(whole, reward=reward)
+    policy, rows = variants.train(whole, reward=reward)
     assert any(row["dropped"] > 0 for row in rows[:3]) and any(row["dropped"] > 0 for row in rows[3:])
-    monkeypatch.setattr(runs, "SAVE_EVERY", 0)
+    monkeypatch.setattr(log, "SAVE_EVERY", 0)
     with pytest.raises(RuntimeError):
-        grpo.train(parts, reward=stop_at(7, crash, reward))
-    assert 0 < runs.load_checkpoint(tmp_path / "b/checkpoint.pt")["step"] < 6
-    resumed, resumed_rows = grpo.train(dataclasses.replace(parts, resume=True), reward=reward)
+        variants.train(parts, reward=stop_at(7, crash, reward))
+    assert 0 < load_checkpoint(tmp_path / "b/checkpoint.pt")["step"] < 6
+    resumed, resumed_rows = variants.train(dataclasses.replace(parts, resume=True), reward=reward)
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert tiny.same(state(policy), state(resumed)) and resumed_rows[-1]["completions"] == rows[-1]["completions"]
+
+
+def test_what_ranks_have_dropped_is_added_up(tmp_path, monkeypatch):
+    """A row is the mean over the ranks, but completions are counted in all of them."""
+    config = dynamic(tmp_path, prompts_per_step=5)
+    alone = variants.train(config, reward=hard())[1][0]["dropped"]
+    monkeypatch.setattr(variants, "RANKS", 3)
+    assert variants.train(config, reward=hard())[1][0]["dropped"] == 3 * alone == 21
 
 
 @pytest.mark.parametrize("longer", ["old", "new"])
@@ -464,7 +603,7 @@ def test_rows_of_another_rollout_are_put_in_place(longer):
         ids = torch.arange(first, first + n * N).view(n, N)
         return Rollout(ids, torch.ones(n, N).bool(), ids / 10, torch.arange(n) % 2 == 0)
     old, new = rollout(100, 4, 3 if longer == "old" else 2), rollout(200, 2, 2 if longer == "old" else 3)
-    merged = old.with_rows(torch.tensor([3, 1]), new)
+    merged = variants.replace_rows(old, torch.tensor([3, 1]), new, PAD)
     assert merged.completion_ids.tolist() == (
         [[100, 101, 102], [202, 203, PAD], [106, 107, 108], [200, 201, PAD]] if longer == "old" else
         [[100, 101, PAD], [203, 204, 205], [104, 105, PAD], [200, 201, 202]])

@@ -7,9 +7,11 @@ import re
 
 import pytest
 
-from grpo_min import grpo, page, ppo, pretrain, report
-from grpo_min.config import run_command
-from grpo_min.runs import read_csv, read_jsonl
+from grpo_min import grpo, ppo, pretrain
+from grpo_min.lab import page
+from grpo_min.run.config import run_command
+from grpo_min.run.data import read_jsonl
+from grpo_min.run.table import read_csv
 from tests import tiny
 from tests.tiny import LOOPS, letter_e, settings
 
@@ -86,9 +88,9 @@ def test_recorded_tokens_are_those_that_were_sampled(loop, tmp_path, monkeypatch
     rollouts = tiny.recorded_rollouts(loop, monkeypatch)
     seen = []
 
-    def loss(logprobs, old_logprobs, advantages, mask, clip_eps):
+    def loss(logprobs, old_logprobs, advantages, *rest):
         seen.append(advantages)
-        return loop.policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+        return loop.policy_loss(logprobs, old_logprobs, advantages, *rest)
     loop.train(settings(loop, tmp_path, run=str(tmp_path / "run")), reward=letter_e, loss=loss)
     samples = read_jsonl(tmp_path / "run/samples.jsonl", [])
     assert any(row["tokens"][-1] == "<|end|>" for row in samples)
@@ -196,10 +198,10 @@ def test_strongest_colour_is_that_of_the_largest_advantages_but_for_outliers():
 # --- the command --------------------------------------------------------------------------------------------------
 
 def test_command_writes_beside_the_run_or_where_it_is_told(trained, tmp_path, capsys):
-    report.main([str(trained[grpo])])
+    page.main([str(trained[grpo])])
     written = (trained[grpo] / "report.html").read_bytes()
     assert str(trained[grpo] / "report.html") in capsys.readouterr().out
-    report.main([str(trained[grpo]), "--out", str(tmp_path / "page.html")])
+    page.main([str(trained[grpo]), "--out", str(tmp_path / "page.html")])
     assert (tmp_path / "page.html").read_bytes() == written == page.run_page(trained[grpo]).encode()
 
 
@@ -243,7 +245,7 @@ def refused(capsys):
     """refused(words) runs the command, expects one line on standard error and that code, and returns the line."""
     def refused(*words, code=2):
         with pytest.raises(SystemExit) as stopped:
-            run_command(lambda: report.main([str(word) for word in words]))
+            run_command(lambda: page.main([str(word) for word in words]))
         error = capsys.readouterr().err
         assert stopped.value.code == code and error.startswith("error: ") and error.count("\n") == 1, error
         return error

@@ -11,26 +11,36 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from grpo_min import grpo, ppo
+from grpo_min import grpo, ppo, tokenizer as tokenizers, variants
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
-from grpo_min.runs import load_checkpoint, save_file, serialise, weights
-from grpo_min.tokenizer import END
+from grpo_min.run.checkpoint import load_checkpoint, serialise, weights
+from grpo_min.run.files import save_file
 
 torch.set_num_threads(1)      # of tensors this small, several threads only get in each other's way
 
-CONFIG = dict(context=64, layers=1, heads=2, width=16)
+TOKENIZER = tokenizers.own()
+PAD, END, VOCAB_SIZE = TOKENIZER.pad, TOKENIZER.end, TOKENIZER.vocab_size
+USER, ASSISTANT = TOKENIZER.special["<|user|>"], TOKENIZER.special["<|assistant|>"]
+CONFIG = dict(vocab_size=VOCAB_SIZE, context=64, layers=1, heads=2, width=16)
 PROMPTS = [f"start with {3 * i}, plus {i}." for i in range(12)]      # of different lengths, so that batches are padded
 LOOPS = pytest.mark.parametrize("loop", [grpo, ppo], ids=["grpo", "ppo"])
 WALL_CLOCK = ("seconds_", "memory_mb")                                  # columns of metrics.csv that no seed decides
 
 
-def gpt(kind=GPT, seed=0, ends=7, **changes):
+def other_tokenizer():
+    """One of bytes alone, in which every special token has another id than in the package's, and prompts other ends."""
+    names = ["<|end|>", "<think>", "<|assistant|>", "<|pad|>", "</think>", "<|user|>"]
+    ranks, special = {bytes([byte]): byte for byte in range(256)}, {name: 256 + i for i, name in enumerate(names)}
+    return tokenizers.Tokenizer(ranks, special, prompt="<|user|>{}\n<|assistant|>")
+
+
+def gpt(kind=GPT, seed=0, ends=7, tokenizer=TOKENIZER, **changes):
     """A GPT (or ScalarGPT) with random weights. With `ends` it ends some of its completions itself: END's weights are
     so many times as large."""
     torch.manual_seed(seed)
-    model = kind(GPTConfig(**dict(CONFIG, **changes)))
+    model = kind(GPTConfig(**{**CONFIG, "vocab_size": tokenizer.vocab_size, **changes}), tokenizer)
     with torch.no_grad():
-        (model.trunk if kind is ScalarGPT else model).tokens.weight[END] *= ends
+        (model.trunk if kind is ScalarGPT else model).tokens.weight[tokenizer.end] *= ends
     return model
 
 
@@ -77,7 +87,7 @@ def text_file(path, lines=60):
 
 def settings(loop, folder, **more):
     """A config of that loop: 4 prompts, 3 completions of at most 6 tokens each; writes nothing unless run is given."""
-    config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
+    config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, variants: variants.VariantConfig}[loop]
     return config_class(**dict(dict(
         run="", sft=checkpoint(folder / "sft.pt"), prompts=prompts(folder / "prompts.jsonl"), steps=3,
         prompts_per_step=4, group_size=3, max_new_tokens=6, lr=1e-2, device="cpu"), **more))

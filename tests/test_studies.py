@@ -1,0 +1,270 @@
+"""The command of the studies, what they share, and those of them that train on arithmetic: every setting and seed is
+run once, the tables and files hold what the runs reached, and nothing is trained twice.
+"""
+import csv
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from grpo_min import grpo, ppo, sft, variants
+from grpo_min.lab.report import state_bytes
+from grpo_min.lab.studies import (__main__ as command, baselines, common, critic, group_size, is_rl_needed, kl,
+                                  learning, length, noise, overoptimisation, recipes, tuning)
+from grpo_min.lab.studies.common import StudyConfig
+from grpo_min.rewards import correct
+from grpo_min.rollout import Prompts, sample, token_logprobs
+from grpo_min.run.checkpoint import load_checkpoint, load_model
+from grpo_min.run.config import UserError
+from grpo_min.run.data import read_jsonl
+from grpo_min.run.files import DATA
+from grpo_min.run.table import number
+from tests import tiny
+
+SFT = str(DATA / "checkpoints/sft.pt")
+TABLES = [(name, {part: ("setting", "{}")}, learning.NUMBERS) for name, part in [
+    ("baselines", "advantage"), ("group_size", "prompts x completions"), ("recipes", "recipe"),
+    ("length", "aggregation")]]
+TABLES += [(module.__name__.rpartition(".")[2], module.LABELS, module.NUMBERS)
+           for module in (critic, is_rl_needed, kl, noise, overoptimisation, tuning)]
+
+
+# --- the command --------------------------------------------------------------------------------------------------
+
+def test_help_lists_every_study(capsys):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    listed = re.findall(r"^ {4}(\w+)  +\w", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
+    assert listed == [*list(command.STUDIES)[:-1], "all", "threads"] and len(listed) == 15
+
+
+@pytest.mark.parametrize("words", [[], ["--quick"], ["publish"], ["Tuning"]])
+def test_a_study_that_is_none(words):
+    with pytest.raises(UserError, match="name a study first: tuning, baselines, .*, threads, all$"):
+        command.main(words)
+
+
+def test_a_smoke_test_leaves_what_is_published_alone(monkeypatch):
+    configs = []
+    monkeypatch.setattr(command.STUDIES["kl"], "study", configs.append)
+    for words in ["--quick", "--quick --eval-prompts 5 --out elsewhere", ""]:
+        command.main(["kl", "--run", "somewhere", *words.split()])
+    assert [(config.run, config.out, config.eval_prompts) for config in configs] == [
+        ("somewhere/quick", "somewhere/quick", 20), ("somewhere/quick", "elsewhere", 5),
+        ("somewhere", str(common.RESULTS), 1000)]
+
+
+def test_all_studies_one_after_the_other(tmp_path, monkeypatch):
+    names = []
+    for name, module in command.STUDIES.items():
+        monkeypatch.setattr(module, "study", lambda config, name=name: names.append(name))
+    words = ["all", "--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command.main(words)
+    assert names == [name for name in command.STUDIES if name not in ("tuning", "threads")] and len(names) == 12
+    text = (tmp_path / "out/minutes.md").read_text()
+    assert all(f"| {name} | 0.0 |" in text for name in [*names, "**all**"])
+    (tmp_path / "out/minutes.md").unlink()
+    (tmp_path / "runs").mkdir()                       # perhaps with runs in it, which are not run again
+    command.main(words)
+    assert not (tmp_path / "out/minutes.md").exists()
+
+
+def test_jobs_can_be_sent_to_other_processes(tmp_path):
+    config = StudyConfig(run=str(tmp_path), sft=tiny.checkpoint(tmp_path / "sft.pt", context=128), quick=True,
+                         reward_model=tiny.reward_checkpoint(tmp_path / "reward.pt"), device="cpu", eval_prompts=2)
+    (row, curve), = common.run_jobs(config, kl.train_with_penalty, [(0.1, "reward", 1)])
+    assert row["charged_in"] == "reward" and [line["step"] for line in curve] == [0, 1]
+
+
+# --- what they share ----------------------------------------------------------------------------------------------
+
+def test_a_table_has_a_line_for_the_seeds_of_each_setting():
+    rows = [dict(name="a", rate=0.5, x=1.0, y=None), dict(name="b", rate=0.5, x=5.0, y=2),
+            dict(name="a", rate=0.5, x=2.0, y=None), dict(name="a", rate=1, x=4.0, y=3)]
+    lines = common.seed_table({"who": ("name", "{}"), "share": ("rate", "{:.0%}")},
+                              {"X": ("x", "{:.1f}"), "Y": ("y", "{}")}, rows)
+    assert lines == ["| who | share | X | Y |", "| --- | --- | --- | --- |", "| a | 50% | 1.5 (1.0 to 2.0) | - |",
+                     "| b | 50% | 5.0 | 2.0 |", "| a | 100% | 4.0 | 3.0 |"]
+    assert common.column_by(rows, "name", "x") == {"a": [1.0, 2.0, 4.0], "b": [5.0]}
+
+
+def cell(text):
+    """A cell of a CSV file: a number where it is one, None where nothing was measured."""
+    try:
+        return number(text) if text else None
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize("name, labels, numbers", TABLES)
+def test_a_committed_table_is_that_of_the_committed_runs(name, labels, numbers):
+    rows = []
+    for row in csv.DictReader((common.RESULTS / f"{name}.csv").read_text().splitlines()):
+        rows.append({key: cell(text) for key, text in row.items()})
+    text = (common.RESULTS / f"{name}.md").read_text()
+    assert text.startswith("\n".join(common.seed_table(labels, numbers, rows)) + "\n\n")
+
+
+def test_settings_are_told_apart_where_all_seeds_agree():
+    assert common.sides({"x": [1, 2], "a": [3, 4], "b": [0.1, 0.9], "c": [2, 9]}) == (["a"], ["b"], ["c"])
+
+
+def test_means_along_a_run():
+    metrics = [dict(x=x, seconds_a=1, seconds_b=0.5) for x in [0, 2, 4, 9]] + [dict(x="")]
+    assert common.windows(metrics, "x", 2) == [1, 3, 6.5] and common.windows(metrics, "y") == [None]
+    assert common.first_of(metrics, "x") == common.last_of(metrics, "x") == common.best_of(metrics, "x") == 15 / 4
+    assert common.seconds_of(metrics) == 6
+
+
+def test_what_is_measured_of_a_policy():
+    policy, rows = load_model(SFT), read_jsonl(DATA / "arithmetic_val.jsonl", ["prompt", "answer"])[:60]
+    same = common.measure_arithmetic(policy, policy, rows)
+    assert same["kl"] < 1e-6 and 0.3 < same["accuracy"] < 0.8 and 0.2 < same["thinking"] < 0.8
+    other = common.measure_arithmetic(policy, load_model(DATA / "checkpoints/base.pt"), rows)
+    assert other["kl"] > 1 and dict(other, kl=0) == dict(same, kl=0)
+
+
+# --- tuning, and the studies of learning --------------------------------------------------------------------------
+
+@pytest.mark.parametrize("study", [baselines, group_size, recipes, length])
+def test_every_setting_has_the_same_completions_per_step(study):
+    configs = [variants.VariantConfig(**{**learning.SHARED, **changes}) for changes in study.SETTINGS.values()]
+    assert all(config.prompts_per_step * config.group_size == 128 for config in configs)
+    minibatches = 4 if study is recipes else 1
+    assert {config.minibatches for config in configs} == {minibatches}
+    assert len({str(config) for config in configs}) == len(configs)
+    assert configs[0] == variants.VariantConfig(**learning.SHARED, minibatches=minibatches), "the first is the default"
+
+
+def test_a_study_writes_what_its_runs_reached(tmp_path, run_study):
+    sft = tiny.checkpoint(tmp_path / "sft.pt", context=128)
+    rows, curves, text = run_study("recipes", again=True, steps=2, eval_prompts=5, sft=sft)
+    assert [(row["setting"], row["seed"]) for row in rows] == [("no recipe", "1"), ("grpo", "1")]
+    assert len(curves) == 2 * 2 and {row["completions"] for row in curves} == {"128", "256"}
+    assert "| grpo |" in text and "2 steps, seeds 1 to 1" in text
+    runs = {path.parent.name for path in (tmp_path / "runs/quick").glob("*/checkpoint.pt")}
+    assert runs == {"recipes-norecipe-1", "recipes-grpo-1"}
+
+
+def test_tuning_to_the_end(tmp_path, run_study):
+    rows, _, text = run_study("tuning", steps=1, eval_prompts=3, sft=tiny.checkpoint(tmp_path / "sft.pt", context=128))
+    assert [(row["algorithm"], row["settings"]) for row in rows] == [
+        (name, label) for name in ("GRPO", "PPO") for label in ("defaults", "lr 0.0001")]
+    assert "| PPO | lr 0.0001 |" in text and [row["explained_variance_end"] == "" for row in rows[:2]] == [True] * 2
+    for config_class, settings in [(grpo.GRPOConfig, tuning.GRPO_SETTINGS), (ppo.PPOConfig, tuning.PPO_SETTINGS)]:
+        assert len({str(config_class(**changes)) for changes in settings.values()}) == len(settings)
+
+
+# --- filtered SFT -------------------------------------------------------------------------------------------------
+
+def test_online_filtered_sft_is_reinforce_without_a_baseline(tmp_path, monkeypatch):
+    """The gradient of SFT's cross-entropy on the right completions is that of GRPO's loss with --advantage none, but
+    for the divisor: all tokens of the right completions in the one, all B completions in the other."""
+    policy, rows = load_model(SFT), read_jsonl(DATA / "arithmetic_train.jsonl", ["prompt", "answer"])[:8]
+    prompts = Prompts.from_texts([row["prompt"] for row in rows], policy.tokenizer)
+    rollout = sample(policy, prompts, 4, 40, 1.0, torch.Generator().manual_seed(0))
+    texts, answers = rollout.texts(policy.tokenizer), [row["answer"] for row in rows for _ in range(4)]
+    rewards = torch.tensor(correct(texts, texts, answers, rollout.finished.tolist()))  # (32,)
+    right = rewards.nonzero().flatten().tolist()
+    assert 4 < len(right) < 32
+    for b in right:                                                     # or SFT would train on other tokens
+        ids = rollout.completion_ids[b][rollout.mask[b]].tolist()
+        assert policy.tokenizer.encode_completion(texts[b]) == ids
+    logprobs, _ = token_logprobs(policy, prompts, rollout.completion_ids, rollout.mask)
+    advantages = variants.no_baseline(rewards, 4)[:, None]
+    grpo.policy_loss(logprobs, logprobs.detach(), advantages, rollout.mask, 0.2).backward()
+    kept = tiny.jsonl(tmp_path / "right.jsonl", [dict(prompt=prompts.texts[b // 4], response=texts[b])
+                                                 for b in right])
+    monkeypatch.setattr(sft, "fit", lambda config, model, inputs, loss_at: loss_at(0))
+    model, (loss, _) = sft.train(sft.SFTConfig(base=SFT, demonstrations=kept, batch_size=len(right), device="cpu"))
+    loss.backward()
+    online, filtered = (torch.cat([p.grad.flatten() for p in trained.parameters()]) for trained in (policy, model))
+    assert torch.allclose(online * 32, filtered * rollout.mask[right].sum(), atol=1e-3 * online.norm().item())
+
+
+def test_right_answers_are_those_of_grpos_first_batch():
+    batches = []
+
+    def collect(*arguments):
+        batches.append(grpo.collect(*arguments))
+        return batches[-1]
+    grpo.train(grpo.GRPOConfig(run="", steps=1, prompts_per_step=is_rl_needed.Q, group_size=is_rl_needed.G,
+                               device="cpu", seed=3), collect=collect)
+    (_, prompts, _, rewards, texts), = batches
+    expected = [(prompts.texts[b // is_rl_needed.G], text) for b, text in enumerate(texts) if rewards[b] == 1]
+    right, = is_rl_needed.right_answers(load_model(SFT), 3, 1)
+    assert [tuple(row.values()) for row in right] == expected and 0 < len(expected) < len(texts)
+
+
+def test_is_rl_needed_to_the_end(tmp_path, run_study):
+    rows, curves, text = run_study("is_rl_needed", again=True, steps=2)
+    methods = [is_rl_needed.SFT, is_rl_needed.GRPO, is_rl_needed.ONLINE, is_rl_needed.OFFLINE, is_rl_needed.LONGER]
+    assert [row["setting"] for row in rows] == methods and all(f"| {method} |" in text for method in methods)
+    assert [row["completions"] for row in rows] == ["0", "256", "256", "256", "0"]
+    assert [int(row["completions"]) for row in curves] == [128, 256] * 2 + [128, 128, 256] + [0]
+    kept = read_jsonl(next((tmp_path / "runs/quick").glob("*offline-1-1.jsonl")), ["prompt", "response"])
+    assert int(rows[3]["updates"]) == 4 * len(kept) // 32
+
+
+def test_too_few_right_answers_are_one_line(tmp_path):
+    config = StudyConfig(sft=tiny.checkpoint(tmp_path / "sft.pt", context=128), run=str(tmp_path), device="cpu",
+                         eval_prompts=2)
+    with pytest.raises(UserError, match="only 0 of 128 answers are right: too few for batches of 32"):
+        is_rl_needed.offline(config, is_rl_needed.OFFLINE, 1, 1)
+
+
+# --- critics ------------------------------------------------------------------------------------------------------
+
+def test_a_shared_trunk_is_the_policy_itself_and_the_value_loss_moves_it(tmp_path):
+    critics = []
+
+    def start_critic(*arguments):
+        critics.append(critic.shared_trunk(*arguments))
+        return critics[-1]
+    settings = tiny.settings(ppo, tmp_path, steps=2, beta=0.0, critic_warmup=9, run=str(tmp_path / "run"))
+    policy, _ = ppo.train(settings, reward=tiny.letter_e, start_critic=start_critic)
+    assert critics[0].trunk is policy and (critics[0].scalar.weight != 0).any()
+    before = load_model(settings.sft)
+    assert not torch.equal(policy.tokens.weight, before.tokens.weight), "in the warm-up, the value loss alone moves it"
+    saved = load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert torch.equal(saved["critic"]["trunk.tokens.weight"], saved["model"]["tokens.weight"])
+
+
+def test_the_memory_of_a_shared_trunk():
+    policy, config = tiny.gpt(), ppo.PPOConfig()
+    trunk, head = 4 * sum(p.numel() for p in policy.parameters()), 4 * (16 + 1)
+    assert critic.model_state(policy, config, "separate") == sum(state_bytes(policy, config).values())
+    # policy, reference and gradient; head and gradient; two optimizers with two moments of the trunk each
+    shared = 3 * trunk + 2 * head + 4 * trunk + 2 * head
+    assert critic.model_state(policy, config, critic.SHARED_TRUNK) == shared
+
+
+def test_correlation():
+    assert critic.correlation([(x, 2 * x + 1) for x in range(8)]) == pytest.approx([1, 1, 1])
+    pairs = np.random.default_rng(0).standard_normal((40, 2))
+    value, low, high = critic.correlation(pairs)
+    assert value == pytest.approx(np.corrcoef(pairs.T)[0, 1]) and low < 0 < high
+
+
+def test_critic_to_the_end(run_study):
+    rows, curves, text = run_study("critic", again=True, steps=2)
+    assert [row["setting"] for row in rows] == [critic.SEPARATE, critic.NO_CRITIC, critic.SHARED_TRUNK]
+    assert [row["ev_mean"] == "" for row in rows] == [False, True, False] and "over the 2 runs with a critic" in text
+    assert float(rows[1]["megabytes"]) < float(rows[2]["megabytes"]) < float(rows[0]["megabytes"])
+    assert len(curves) == 3 * 2
+
+
+# --- a task of one's own, threads ---------------------------------------------------------------------------------
+
+def test_countdown_to_the_end(run_study):
+    _, _, text = run_study("countdown", eval_prompts=4)
+    assert "| fine-tuned |" in text and "| GRPO |" in text and "4 test prompts" in text
+    assert text.count("\n| use ") == 3 and "| prompt | fine-tuned | GRPO, seed 1 |" in text
+
+
+@pytest.mark.slow
+def test_threads_alone_and_beside_busy_processes(tmp_path):
+    command.main(["threads", "--quick", "--out", str(tmp_path)])
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "threads.md").read_text().splitlines()[2:6]]
+    assert len(rows) == 4 and all(float(rate) > 0 for _, *rates in rows for rate in rates)
