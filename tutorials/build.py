@@ -5,12 +5,14 @@ Every notebook gets the same first cell, the one below. Needs nbclient and ipyke
 import argparse
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets.config import Config
 
 HERE = Path(__file__).parent
 FIRST_CELL = '''\
@@ -32,11 +34,12 @@ sys.path.insert(0, str(root))'''
 
 def notebooks(numbers=()):
     """The notebooks, or those whose names begin with one of the numbers."""
-    found = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
-    chosen = [path for path in found if not numbers or path.name.startswith(tuple(numbers))]
-    if not chosen:
-        sys.exit(f"error: no notebook begins with {' or '.join(numbers)}; there are {', '.join(p.name for p in found)}")
-    return chosen
+    paths = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+    matching = [path for path in paths if not numbers or path.name.startswith(tuple(numbers))]
+    if not matching:
+        names = ", ".join(path.name for path in paths)
+        sys.exit(f"error: no notebook begins with {' or '.join(numbers)}; there are {names}")
+    return matching
 
 
 def run(path, save=True):
@@ -48,8 +51,10 @@ def run(path, save=True):
     notebook.cells[0].source = FIRST_CELL
     notebook.metadata = dict(kernelspec=dict(name="python3", display_name="Python 3", language="python"),
                              language_info=dict(name="python"))
-    where = dict(metadata=dict(path=str(HERE)))
-    NotebookClient(notebook, timeout=600, kernel_name="python3", resources=where).execute()
+    resources = dict(metadata=dict(path=str(HERE)))
+    with tempfile.TemporaryDirectory() as folder:             # sockets: two runs at a time may choose the same TCP port
+        config = Config(KernelManager=dict(transport="ipc", ip=f"{folder}/kernel"))
+        NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources, config=config).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)                      # when each cell ran: another text in every run
     if save:
@@ -61,12 +66,12 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", help="notebooks to run, by how their names begin (default: all)")
     for path in notebooks(parser.parse_args(argv).numbers):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         try:
             run(path)
         except CellExecutionError as error:
             sys.exit(f"error: {path.name}: {error}")
-        print(f"{path.name}: {time.perf_counter() - begun:.0f} s, {os.path.getsize(path) / 2**10:.0f} KB", flush=True)
+        print(f"{path.name}: {time.perf_counter() - started:.0f} s, {os.path.getsize(path) / 2**10:.0f} KB", flush=True)
 
 
 if __name__ == "__main__":

@@ -39,20 +39,20 @@ def join(left, sign, right):
 
 
 @functools.cache
-def ways(numbers):
+def combinations(numbers):
     """Every way to make one number of three -> a list of (value, the way in words, expression)."""
-    found = []
+    made = []
     for a, b, c in itertools.permutations((number, str(number), "") for number in numbers):
         for first, second in itertools.product(OPERATIONS, repeat=2):
             words, ab = join(a, first, b)
             for left, right in [(ab, c), (c, ab)] if second == "-" else [(ab, c)]:
                 more, (value, expression, _) = join(left, second, right)
                 if 0 <= ab[0] <= LARGEST and 0 < value <= LARGEST:
-                    found.append((value, f" {words}, {more}", f" {expression}"))
-    return found
+                    made.append((value, f" {words}, {more}", f" {expression}"))
+    return made
 
 
-def asked(numbers, target):
+def question(numbers, target):
     return "use {}, {} and {} to make {}.".format(*numbers, target)
 
 
@@ -61,9 +61,9 @@ def problems():
     """{split: rows}, shuffled. A problem is in one split only, whatever the order of its numbers."""
     rng, rows = random.Random(1), []
     for numbers in itertools.combinations_with_replacement(NUMBERS, 3):
-        for target in sorted({value for value, _, _ in ways(numbers)}):
+        for target in sorted({value for value, _, _ in combinations(numbers)}):
             shown = rng.sample(numbers, 3)
-            rows.append(dict(prompt=asked(shown, target), numbers=shown, target=target))
+            rows.append(dict(prompt=question(shown, target), numbers=shown, target=target))
     rng.shuffle(rows)
     return dict(val=rows[:HELD_OUT], test=rows[HELD_OUT:2 * HELD_OUT], train=rows[2 * HELD_OUT:])
 
@@ -104,12 +104,13 @@ def demonstrations():
     """Four for each problem of train, its numbers in any order: half answer directly, half try until they succeed."""
     rng, rows = random.Random(2), []
     for problem in problems()["train"] * 4:
-        options = ways(tuple(sorted(problem["numbers"])))
-        prompt = asked(rng.sample(problem["numbers"], 3), problem["target"])
-        right = [way for way in options if way[0] == problem["target"]]
-        wrong = [way for way in options if way[0] != problem["target"]]
+        options = combinations(tuple(sorted(problem["numbers"])))
+        prompt = question(rng.sample(problem["numbers"], 3), problem["target"])
+        right = [option for option in options if option[0] == problem["target"]]
+        wrong = [option for option in options if option[0] != problem["target"]]
         _, words, expression = rng.choice(right)
-        tries = [way[1] for way in rng.sample(wrong, rng.choice(TRIES) - 1)] + [words]
+        failures = rng.sample(wrong, rng.choice(TRIES) - 1)
+        tries = [option[1] for option in failures] + [words]
         thinking = f"<think>{'.'.join(tries)}</think>" if rng.random() < 0.5 else ""
         rows.append(dict(prompt=prompt, response=thinking + expression))
     return rows

@@ -7,7 +7,8 @@ from pathlib import Path
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
-from grpo_min.plots import plt                       # which chooses a backend for files; a notebook wants its own
+import grpo_min
+from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
 
 if get_ipython():
     get_ipython().run_line_magic("matplotlib", "inline")
@@ -16,6 +17,7 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "lege
 
 FAST = bool(os.environ.get("GRPO_MIN_FAST"))         # the tests set it: the same cells with fewer steps
 RESULTS = Path(__file__).parent / "results"
+PACKAGE = Path(grpo_min.__file__).parent
 
 
 def table(rows, headers=None):
@@ -29,19 +31,24 @@ def table(rows, headers=None):
 
 
 def code(thing, first=None, last=None):
-    """The source of a function, class or module with its line numbers: all of it, or from the first line that contains
-    the text `first` through the next that contains `last`. ValueError if there is no such line."""
-    lines, start = inspect.getsourcelines(thing)
-    start = max(start, 1)
-    found = [i for i, line in enumerate(lines) if first is None or first in line]
-    begin = found[0] if found else None
-    ends = [i for i, line in enumerate(lines) if begin is not None and i >= begin and (last is None or last in line)]
-    if not ends:
-        raise ValueError(f"no lines from {first!r} to {last!r} in {thing.__name__}")
-    end = ends[-1] if last is None and first is None else ends[0] if last is not None else begin
-    path = Path(inspect.getsourcefile(inspect.unwrap(thing))).name
-    text = "".join(f"{start + i:4}  {lines[i].rstrip()}\n" for i in range(begin, end + 1))
-    display(Markdown(f"`{path}`, line {start + begin}\n```python\n{text}```"))
+    """The source of a function, class or module with its line numbers: all of it, the first line that contains the text
+    `first`, or from there through the next that contains `last`. ValueError if there is no such line."""
+    lines, number = inspect.getsourcelines(thing)
+    number = max(number, 1)
+
+    def line_with(text, start):
+        for place in range(start, len(lines)):
+            if text in lines[place]:
+                return place
+        raise ValueError(f"no line with {text!r} in {thing.__name__}")
+    begin, end = 0, len(lines) - 1
+    if first is not None:
+        begin = line_with(first, 0)
+        end = begin if last is None else line_with(last, begin)
+    file = Path(inspect.getsourcefile(inspect.unwrap(thing)))
+    name = file.relative_to(PACKAGE) if file.is_relative_to(PACKAGE) else file.name
+    text = "".join(f"{number + i:4}  {lines[i].rstrip()}\n" for i in range(begin, end + 1))
+    display(Markdown(f"`{name}`, line {number + begin}\n```python\n{text}```"))
 
 
 def tokens(rows, numbers, limit=None, title="", label="", notes=None, form="{:+.2f}"):
@@ -87,6 +94,6 @@ def result(name):
         return [{key: number(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def said(name):
+def published(name):
     """A committed tutorials/results/NAME.md, as it is."""
     display(Markdown((RESULTS / f"{name}.md").read_text(encoding="utf-8")))

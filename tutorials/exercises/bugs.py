@@ -6,25 +6,27 @@ is committed there was drawn before anybody mended the files. bug2-small is bug 
 import sys
 from dataclasses import replace
 
-from grpo_min.config import run_command
-from grpo_min.runs import write_csv
+from grpo_min.run.config import run_command
+from grpo_min.run.table import write_csv
 from tutorials.exercises import swap
 from tutorials.exercises.check import FILES, HERE, load
 
 FIRST, STEPS = 13, 40
 
 
-def draw(number, steps=STEPS, folder=HERE / "figures", suffix="", known={}, **settings):
-    """Two runs, a figure, and the numbers that it was drawn from. known: reference runs that there are already."""
-    name, found = f"bug{number - FIRST + 1}{suffix}", swap.SWAPS[number]
-    found = replace(found, settings={**found.settings, **settings})
-    key = str((found.loop, found.settings, found.panels, found.both, steps))
-    known[key] = known.get(key) or swap.run(found, None, steps)[1]
-    runs = {"the bug": swap.run(found, load(FILES[number]), steps)[1], "reference": known[key]}
-    write_csv(folder / f"{name}.csv", [dict(run=label, step=row["step"], **{key: row[key] for key in found.panels})
-                                       for label, rows in runs.items() for row in rows])
-    swap.plot(runs["the bug"], runs["reference"], found.panels, folder / f"{name}.png", "the bug", "reference")
-    print("\n".join([name] + swap.in_words(runs["the bug"], runs["reference"], found.panels)))
+def draw(number, steps=STEPS, folder=HERE / "figures", suffix="", **settings):
+    """Two runs, a figure, and the numbers that it was drawn from."""
+    name, this = f"bug{number - FIRST + 1}{suffix}", swap.SWAPS[number]
+    this = replace(this, settings={**this.settings, **settings})
+    runs = {label: swap.run(this, module, steps)[1]
+            for label, module in (("the bug", load(FILES[number])), ("reference", None))}
+    rows = []
+    for label, steps_of_run in runs.items():
+        for row in steps_of_run:
+            rows.append(dict(run=label, step=row["step"], **{column: row[column] for column in this.panels}))
+    write_csv(folder / f"{name}.csv", rows)
+    swap.plot(runs["the bug"], runs["reference"], this.panels, folder / f"{name}.png", "the bug", "reference")
+    print("\n".join([name] + swap.in_words(runs["the bug"], runs["reference"], this.panels)))
 
 
 def main(argv=None):

@@ -13,7 +13,7 @@ import textwrap
 import traceback
 from pathlib import Path
 
-from grpo_min.config import UserError, require, run_command
+from grpo_min.run.config import UserError, require, run_command
 from tutorials.exercises import checks, swap
 
 HERE = Path(__file__).parent

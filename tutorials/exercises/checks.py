@@ -10,12 +10,17 @@ from collections import Counter
 
 import torch
 
+from grpo_min import tokenizer
 from grpo_min.model import GPT, GPTConfig
 from grpo_min.rollout import Prompts, sample
-from grpo_min.runs import DATA, generator, load_model, read_jsonl
-from grpo_min.tokenizer import END, PAD, encode_completion, encode_prompt
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.data import read_jsonl
+from grpo_min.run.files import DATA
+from grpo_min.run.rng import generator
 
 CONTEXT, LONGEST = 80, 40       # positions of the model; tokens of a completion, at most
+TOKENIZER = tokenizer.own()     # of the committed models
+PAD, END = TOKENIZER.pad, TOKENIZER.end
 
 
 class Wrong(Exception):
@@ -27,7 +32,7 @@ def expect(condition, message):
         raise Wrong(message)
 
 
-def same(a, b, tolerance=1e-5):
+def close(a, b, tolerance=1e-5):
     return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=tolerance, atol=tolerance)
 
 
@@ -43,10 +48,10 @@ def explain(got, right, case, wrong):
 
     case: in words, what was asked; wrong: [(the values of a wrong answer, what is wrong with it), ..].
     """
-    if same(got, right):
+    if close(got, right):
         return
     for values, message in wrong:
-        if same(got, torch.as_tensor(values, dtype=torch.float64).expand_as(right)):
+        if close(got, torch.as_tensor(values, dtype=torch.float64).expand_as(right)):
             raise Wrong(f"{case}: {message}")
     raise Wrong(f"{case} should give {numbers(right)}, but gave {numbers(got)}")
 
@@ -188,7 +193,7 @@ def compare_groups(f, formula):
         right = torch.tensor([formula(reward, group) for group in groups for reward in group]).double()
         got = call(f, (Q * G,), rewards, G)
         worst = int((got - right).abs().argmax())
-        expect(same(got, right), f"{Q} groups of {G} with the rewards {numbers(rewards)}: completion {worst} should "
+        expect(close(got, right), f"{Q} groups of {G} with the rewards {numbers(rewards)}: completion {worst} should "
                f"have the advantage {right[worst]:.4f}, but has {got[worst]:.4f}")
 
 
@@ -205,7 +210,7 @@ def check_02(module):
         ([word, END, word, END, word], [1, 1, 0, 0, 0], "a completion with other tokens after its END"),
     ]
     ids = torch.tensor([row for row, _, _ in cases])
-    got = call(f, ids.shape, ids)
+    got = call(f, ids.shape, ids, END)
     expect(got.dtype == torch.bool, f"the mask holds {str(got.dtype)[6:]}, where booleans belong: compare with == or <")
     for row, (tokens, right, name) in zip(got.tolist(), cases):
         if row == [bool(on) for on in right]:
@@ -224,8 +229,8 @@ def check_02(module):
         raise Wrong(f"{name} ({shown}): {reason}. Yours is {[int(on) for on in row]}, right is {right}")
     more = torch.randint(END, END + 4, (50, 9), generator=torch.Generator().manual_seed(0))
     right = torch.tensor([[END not in row[:t] for t in range(9)] for row in more.tolist()])
-    expect(torch.equal(call(f, more.shape, more), right), "it is right for the six cases above, but not for 50 random "
-           "rows")
+    expect(torch.equal(call(f, more.shape, more, END), right), "it is right for the six cases above, but not for 50 "
+           "random rows")
 
 
 # --- 3: the KL ----------------------------------------------------------------------------------------------------
@@ -252,7 +257,7 @@ def check_03(module):
     got = call(f, (20, 10), logprobs, ref)
     r = ref - logprobs
     series = sum(r ** n / float(math.factorial(n)) for n in range(2, 30))
-    expect(same(got, series), "on random log-probabilities it is not exp(r) - r - 1")
+    expect(close(got, series), "on random log-probabilities it is not exp(r) - r - 1")
     small = call(f, (1,), torch.tensor([0.0]), torch.tensor([1e-3]))
     expect(abs(small.item() / 5.0017e-7 - 1) < 0.01, "r = 0.001 in float32 should give 5.0e-07, but gave "
            f"{small.item():.1e}: exp(r) - 1 - r loses its digits. Use torch.expm1(r)")
@@ -260,7 +265,7 @@ def check_03(module):
     got = call(f, (20, 10), logprobs, ref)
     expect(got.requires_grad, "the estimate has no gradient for logprobs: nothing may be detached, nor under no_grad")
     got.sum().backward()
-    expect(same(logprobs.grad, 1 - r.exp()), "the gradient for logprobs should be 1 - exp(r); is a part of it "
+    expect(close(logprobs.grad, 1 - r.exp()), "the gradient for logprobs should be 1 - exp(r); is a part of it "
            "detached?")
 
 
@@ -337,15 +342,15 @@ def check_surrogate(loss):
         value = call(loss, (), *filled, mask, 0.2, name="the loss")
         value.backward()
         results.append((value.detach(), filled[0].grad))
-    expect(all(same(value, results[0][0]) and same(gradient, results[0][1]) for value, gradient in results),
+    expect(all(close(value, results[0][0]) and close(gradient, results[0][1]) for value, gradient in results),
            "the loss changes with what stands after the end of the completions: use the mask")
     right = -sum(min(math.exp(l - o) * a, min(max(math.exp(l - o), 0.8), 1.2) * a) for l, o, a in zip(
         logprobs[mask].tolist(), old[mask].tolist(), advantages[mask].tolist())) / 4
-    expect(same(results[0][0], torch.tensor(right)), "four random completions of 1, 2, 5 and 5 tokens should have the "
+    expect(close(results[0][0], torch.tensor(right)), "four random completions of 1, 2, 5 and 5 tokens should have the "
            f"loss {right:.4f}, but have {results[0][0].item():.4f}")
     wide = call(loss, (), logprobs, old, advantages, mask, 100.0, name="the loss")
     right = -((logprobs - old).exp() * advantages * mask).sum().item() / 4
-    expect(same(wide, torch.tensor(right)), "with clip_eps 100 nothing is clipped; is clip_eps used, or a number of "
+    expect(close(wide, torch.tensor(right)), "with clip_eps 100 nothing is clipped; is clip_eps used, or a number of "
            "your own?")
     empty = torch.zeros(2, 2, requires_grad=True)
     value = call(loss, (), empty, torch.zeros(2, 2), torch.ones(2, 2), ragged([2, 0]), 0.2, name="the loss")
@@ -447,7 +452,7 @@ def check_05(module):
         got, returns = gae_of(f, rewards, values, ragged(lengths), gamma, lam)
         for b, length in enumerate(lengths):
             right = gae_by_definition(rewards[b].tolist(), values[b].tolist(), length, gamma, lam)
-            right = torch.tensor(right, dtype=torch.float64)                                      # (length,)
+            right = torch.tensor(right, dtype=torch.float64)  # (length,)
             case = f"A random completion of {length} tokens in {7} columns, gamma {gamma}, lam {lam}"
             explain(got[b, :length], right, case, [])
             explain(returns[b, :length], right + values[b, :length], f"{case}: the returns", [])
@@ -487,7 +492,7 @@ def check_06(module):
         chosen.tolist(), rejected.tolist())) / 30), "30 random pairs", [])
     expect(got.requires_grad, "the loss has no gradient for the scores")
     got.backward()
-    expect(same(chosen.grad, -torch.sigmoid(rejected - chosen.detach()) / 30), "the gradient for the chosen scores is "
+    expect(close(chosen.grad, -torch.sigmoid(rejected - chosen.detach()) / 30), "the gradient for the chosen scores is "
            "not that of the formula; is a part detached?")
 
 
@@ -620,10 +625,10 @@ def sft_groups(groups=8, group_size=8):
     """Completions of the SFT model: prompts, texts and the columns, lists of B."""
     rows = read_jsonl(DATA / "arithmetic_train.jsonl", ["prompt", "answer"])[:groups]
     prompts = [row["prompt"] for row in rows]
-    policy = load_model(DATA / "checkpoints/sft.pt", "GPT")
-    rollout = sample(policy, Prompts.from_texts(prompts), group_size, LONGEST, 1.0, generator(1, 0))
+    policy = load_model(DATA / "checkpoints/sft.pt")
+    rollout = sample(policy, Prompts.from_texts(prompts, TOKENIZER), group_size, LONGEST, 1.0, generator(1, 0))
     repeated = [row for row in rows for _ in range(group_size)]
-    return [row["prompt"] for row in repeated], rollout.texts(), dict(
+    return [row["prompt"] for row in repeated], rollout.texts(TOKENIZER), dict(
         answer=[row["answer"] for row in repeated], finished=rollout.finished.tolist())
 
 
@@ -637,10 +642,10 @@ def check_11(module):
     turned = rewards_of(f, prompts[::-1], texts[::-1], **{name: column[::-1] for name, column in columns.items()})
     alone = torch.cat([rewards_of(f, [prompts[b]], [texts[b]], **{name: [columns[name][b]] for name in columns})
                        for b in range(8)])
-    expect(same(turned.flip(0), rewards) and same(alone, rewards[:8]), "the reward of a completion depends on which "
+    expect(close(turned.flip(0), rewards) and close(alone, rewards[:8]), "the reward of a completion depends on which "
            "others are in the batch, or on their order. What is relative to others is the advantage, and GRPO makes it")
     extra = rewards_of(f, prompts, texts, **columns, operations=["2"] * len(texts))
-    expect(same(extra, rewards), "it should not mind a column that it does not know: let it take **columns")
+    expect(close(extra, rewards), "it should not mind a column that it does not know: let it take **columns")
     odd = ["", " ", "<think>", "</think></think>", "28" * 50, "\u0662\u0668 \U0001f600"]
     rewards_of(f, ["?"] * len(odd), odd, answer=["28"] * len(odd), finished=[False] * len(odd))
     groups = rewards.view(8, 8)
@@ -685,11 +690,11 @@ def check_12(module):
            f"heart")
     demonstrations = rows_of(module.demonstrations, None, ["prompt", "response"], 32)
     for row in train + test:
-        length = len(encode_prompt(row["prompt"]))
+        length = len(TOKENIZER.encode_prompt(row["prompt"]))
         expect(length + LONGEST <= CONTEXT, f"\"{row['prompt']}\" has {length} tokens: with {LONGEST} for the "
                f"completion it does not fit into the context of {CONTEXT}")
     for row in demonstrations:
-        length = len(encode_completion(row["response"]))
+        length = len(TOKENIZER.encode_completion(row["response"]))
         expect(length <= LONGEST, f"the demonstration \"{row['response']}\" has {length} tokens, where at most "
                f"{LONGEST} are sampled: it could never be said")
         expect(row["prompt"] in known, f"the demonstration of \"{row['prompt']}\" is of no prompt of \"train\"")
@@ -716,7 +721,7 @@ def check_12(module):
 
 def tiny_policy(seed=0):
     torch.manual_seed(seed)
-    return GPT(GPTConfig(context=16, layers=1, heads=1, width=8))
+    return GPT(GPTConfig(TOKENIZER.vocab_size, context=16, layers=1, heads=1, width=8))
 
 
 def check_kl(f, name):
@@ -724,7 +729,7 @@ def check_kl(f, name):
     r = ref - logprobs
     for kind, right in ("k1", -r), ("k2", r ** 2 / 2), ("k3", r.exp() - r - 1):
         got = call(f, (6, 5), logprobs, ref, kind, name=name)
-        expect(same(got, right), f"{kind} of random log-probabilities is not right: the first should be "
+        expect(close(got, right), f"{kind} of random log-probabilities is not right: the first should be "
                f"{right[0, 0]:.4f}, but is {got[0, 0]:.4f}")
 
 
@@ -735,15 +740,16 @@ def check_13(module):
         reference = module.reference_of(policy)
         expect(isinstance(reference, GPT), "reference_of should return a GPT")
         before = reference.plain(ids)
-        expect(same(before, start), "at the start the reference and the policy should give the same logits, but do not")
+        expect(close(before, start), "at the start the reference and the policy should give the same logits, but do "
+               "not")
         expect(all(weight.requires_grad for weight in policy.parameters()), "once there is a reference, the policy "
                "can no longer be trained: its weights want no gradient")
         expect(not any(weight.requires_grad for weight in reference.parameters()), "the reference should need no "
                "gradient")
         for weight in policy.parameters():
             weight += 0.3
-        expect(not same(policy.plain(ids), start), "the policy's weights were changed, and its logits did not change")
-        expect(same(reference.plain(ids), before), "the policy's weights were changed, as an optimizer would, and the "
+        expect(not close(policy.plain(ids), start), "the policy's weights were changed, and its logits did not change")
+        expect(close(reference.plain(ids), before), "the policy's weights were changed, as an optimizer would, and the "
                "reference gave other logits than before: it has moved along. Between the two there is never a "
                "difference")
     check_kl(module.kl_estimate, "kl_estimate")
@@ -826,11 +832,11 @@ def check_18(module):
 
 
 def check_19(module):
-    policy, prompts, ids = tiny_policy(), Prompts.from_texts(["a"]), torch.tensor([[7, 8, 9]])
+    policy, prompts, ids = tiny_policy(), Prompts.from_texts(["a"], TOKENIZER), torch.tensor([[7, 8, 9]])
     weights = {name: weight.clone() for name, weight in policy.state_dict().items()}
     critic, optimizer = module.critic_and_optimizer(policy, 0.02)
     expect((critic(prompts, ids) == 0).all(), "the first values should all be 0: its head starts with zeros")
-    expect(same(critic.trunk.plain(ids), policy.plain(ids)), "the critic should start from the policy's weights, and "
+    expect(close(critic.trunk.plain(ids), policy.plain(ids)), "the critic should start from the policy's weights, and "
            "does not")
     trunk = {name: weight.clone() for name, weight in critic.trunk.state_dict().items()}
     for _ in range(30):
@@ -849,7 +855,7 @@ def check_19(module):
 
 
 HINTS = {
-    13: "its.data = policys.data copies no number: from then on both names stand for the same memory, and the "
+    13: "weight.data = original.data copies no number: from then on both names stand for the same memory, and the "
      "optimizer writes into it. Who else needs to know copy_, clone or copy.deepcopy?",
     14: "The loss is minimised. The objective, reward minus beta times the KL, is maximised: one is minus the other. "
      "How many times has the sign been turned?",

@@ -12,7 +12,7 @@ Formula   ratio = exp(logprobs - old_logprobs), for each token of its own
 Shapes    logprobs, old_logprobs, advantages, mask (B, N) each; clip_eps a number. Returns a scalar.
 Hint      The minimum of the two products, not the clipped one alone. The sum over tokens is dim=1, the mean is over
           rows, whatever their lengths.
-Real one  grpo_min/grpo.py, policy_loss
+Real one  grpo_min/grpo.py, policy_loss; its last argument is the KL penalty, which is left out here
 
     python -m tutorials.exercises.check 4
 """

@@ -12,7 +12,7 @@ Shapes    batch: a list of Q groups; a group is a list of G rewards. draw(n) sam
           batch is never smaller.
 Hint      Equal means equal to each other, not equal to 0: all right teaches as little as all wrong. Rewards need not
           be 0 and 1.
-Real one  grpo_min/grpo.py, refill
+Real one  grpo_min/variants.py, refilled
 
     python -m tutorials.exercises.check 10
 """

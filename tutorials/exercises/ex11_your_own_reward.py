@@ -15,7 +15,7 @@ Real one  any of grpo_min/rewards.py
     python -m tutorials.exercises.check 11            then, with the real loop: --train
 """
 
-PAIRS = [       # (what should get more, what should get less): three at least
+PAIRS = [  # (what should get more, what should get less): three at least
     # (" 28", "<think> 3 times 9 is 27, 27 plus 1 is 28</think> 28"),
 ]
 

@@ -13,15 +13,15 @@ from grpo_min.model import GPT
 
 def reference_of(policy):
     """The reference: a model of its own, with the weights that the policy has now. It is never trained."""
-    reference = GPT(policy.config)
-    for its, policys in zip(reference.parameters(), policy.parameters()):
-        its.data = policys.data
+    reference = GPT(policy.config, policy.tokenizer)
+    for weight, original in zip(reference.parameters(), policy.parameters()):
+        weight.data = original.data
     return reference.requires_grad_(False)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
     """k1, k2 or k3 (Schulman, 2020): (B, N), (B, N) -> (B, N)."""
-    log_ratio = ref_logprobs - logprobs                                                       # (B, N)
+    log_ratio = ref_logprobs - logprobs  # (B, N)
     if kind == "k1":
         return -log_ratio
     if kind == "k2":

@@ -12,15 +12,15 @@ import torch
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps):
     """The clipped surrogate, negated because it is to be maximised: (B, N) each -> scalar."""
-    ratio = (logprobs - old_logprobs).exp()                                                   # (B, N)
-    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)                                         # (B, N)
-    surrogate = torch.min(ratio * advantages, clipped * advantages)                           # (B, N)
+    ratio = (logprobs - old_logprobs).exp()  # (B, N)
+    clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (B, N)
+    surrogate = torch.min(ratio * advantages, clipped * advantages)  # (B, N)
     return -(surrogate * mask).sum(dim=1).mean()
 
 
 def penalty(logprobs, ref_logprobs, kind):
     """What is added to the loss for the distance to the reference, without beta: (B, N), (B, N) -> (B, N)."""
-    log_ratio = ref_logprobs - logprobs                                                       # (B, N)
+    log_ratio = ref_logprobs - logprobs  # (B, N)
     if kind == "k1":
         kl = -log_ratio
     elif kind == "k2":

@@ -14,9 +14,9 @@ from grpo_min.model import ScalarGPT
 
 def critic_and_optimizer(policy, lr):
     """The value network, which starts from the policy's weights with a head of zeros, and its optimizer."""
-    critic = ScalarGPT(policy.config)
+    critic = ScalarGPT(policy.config, policy.tokenizer)
     optimizer = torch.optim.AdamW(critic.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    trunk = type(policy)(policy.config)
+    trunk = type(policy)(policy.config, policy.tokenizer)
     trunk.load_state_dict(policy.state_dict())
     critic.trunk = trunk
     critic.scalar = nn.Linear(policy.config.width, 1)

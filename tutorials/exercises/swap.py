@@ -1,9 +1,8 @@
 """A reader's function in the real loop: a short run, and its curves beside those of the real function.
 
-Where `train` has an argument for a part (advantage, loss, kl, reward), the function goes there. Otherwise it takes, for
-the time of the run, the place of what the loop calls by that name.
+Where `train` has an argument for a part, the function goes there. The few parts that are no argument take, for the time
+of the run, the place of what the loop calls by that name.
 """
-import inspect
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,96 +11,128 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from grpo_min import grpo, ppo, reward_model, sft
+from grpo_min import grpo, ppo, reward_model, sft, variants
 from grpo_min.evaluate import evaluate, held_out
-from grpo_min.plots import finish, plt
 from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, Rollout, sample
-from grpo_min.runs import batch_rows, generator, make_folder, optimizer_for
+from grpo_min.run.data import batch_rows
+from grpo_min.run.files import make_folder
+from grpo_min.run.optim import optimizer_for
+from grpo_min.run.plots import finish, plt
+from grpo_min.run.rng import generator
 from grpo_min.task import load_task
 
-CONFIGS = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, reward_model: reward_model.RewardModelConfig}
+CONFIGS = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, variants: variants.VariantConfig,
+           reward_model: reward_model.RewardModelConfig}
 SHORT = dict(prompts_per_step=16, group_size=8)       # 128 completions per step
+LONGEST = grpo.GRPOConfig.max_new_tokens
 LABELS = dict(reward="reward", accuracy="share of right answers", kl="KL to the reference (nats)", loss="loss",
               length="completion length (tokens)", grad_norm="gradient norm", dropped="groups replaced per step",
               equal_groups="share of all-equal groups", explained_variance="explained variance",
               value="mean value of a state",
-              clip_high="share of ratios above the clip", clip_low="share of ratios below it", gap="gap "
-               "(nats)", entropy="entropy (nats per token)")
+              clip_high="share of ratios above the clip", clip_low="share of ratios below it", gap="gap (nats)",
+              entropy="entropy (nats per token)")
+
+
+def nothing(module):
+    return {}
 
 
 @dataclass
 class Swap:
     """Where the function of an exercise goes, and what is drawn."""
     loop: object                        # the module whose train() runs
-    parts: object                       # module of the reader -> {argument of train, or name in the loop: part}
+    arguments: object = nothing         # module of the reader -> {argument of train: part}
     settings: dict = field(default_factory=dict)
     panels: tuple = ("accuracy", "kl", "length", "grad_norm")
-    both: dict = field(default_factory=dict)      # parts that the reference has, too
+    in_place: object = nothing          # module of the reader -> {name in the loop: part}, for what is no argument
+    both: dict = field(default_factory=dict)      # arguments that the reference gets, too
     pace: int = 1                       # updates for each step that was asked for
 
 
-# --- functions that are no argument of train() ---------------------------------------------------------------------
+# --- from a reader's function to an argument of train() -----------------------------------------------------------
 
-def masking(completion_mask):
-    """sample() whose mask is the reader's."""
-    def sample_and_mask(*arguments):
-        rollout = sample(*arguments)
-        rollout.mask = completion_mask(rollout.completion_ids)
-        return rollout
-    return sample_and_mask
+def with_mask(completion_mask):
+    """grpo.collect, and then the reader's mask."""
+    def collect(config, policy, *arguments):
+        batch, prompts, rollout, rewards, texts = grpo.collect(config, policy, *arguments)
+        rollout.mask = completion_mask(rollout.completion_ids, policy.tokenizer.end)
+        return batch, prompts, rollout, rewards, texts
+    return collect
+
+
+def with_penalty(policy_loss, divisor=1):
+    """A reader's loss, which knows no KL penalty, and the penalty: its sum over a completion's tokens / divisor."""
+    def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty):
+        surrogate = policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps)
+        return surrogate + (penalty * mask).sum(dim=1).mean() / divisor
+    return loss
+
+
+def with_constant(dr_grpo_loss):
+    """The same for a loss that divides by the longest completion."""
+    return with_penalty(lambda *arguments: dr_grpo_loss(*arguments, LONGEST), LONGEST)
 
 
 class Group(list):
-    """The rewards of a group, and where they come from: row (a prompt), rollout, q (the group's place in it)."""
+    """The rewards of a group, and where they come from: row (of its prompt), rollout (its G completions)."""
+
+
+def groups_of(rows, rollout, rewards):
+    """Rows of Q prompts, their rollout and rewards (B,) -> Q Groups."""
+    G, groups = len(rewards) // len(rows), []
+    for q, row in enumerate(rows):
+        part = slice(q * G, (q + 1) * G)
+        group = Group(rewards[part].tolist())
+        group.row, group.rollout = row, Rollout(rollout.completion_ids[part], rollout.mask[part],
+                                                rollout.logprobs[part], rollout.finished[part])
+        groups.append(group)
+    return groups
 
 
 def refilling(fill_batch):
-    """grpo.refill, in which the reader decides what is replaced. It draws what grpo.refill would."""
-    def refill(config, policy, reward, rows, step, batch, rollout, rewards, clock):
-        G, calls = config.group_size, []
-        had = set(batch_rows(len(rows), config.prompts_per_step, config.seed, step))
-        order = torch.randperm(len(rows), generator=generator(f"{config.seed} refill", step)).tolist()
-        others = [rows[i] for i in order if i not in had]
+    """variants.refilled, in which the reader decides what is replaced. It draws what variants.refilled would."""
+    dropped = []
 
-        def groups_of(some, its_rollout, its_rewards):
-            groups = [Group(values) for values in its_rewards.view(-1, G).tolist()]
-            for q, group in enumerate(groups):
-                group.row, group.rollout, group.q = some[q], its_rollout, q
-            return groups
+    def collect(config, policy, reward, rows, step, clock):
+        G, tokenizer, draws = config.group_size, policy.tokenizer, []
+        batch, _, rollout, rewards, _ = grpo.collect(config, policy, reward, rows, step, clock)
+        taken = set(batch_rows(len(rows), config.prompts_per_step, config.seed, step))
+        order = torch.randperm(len(rows), generator=generator(f"{config.seed} refill", step)).tolist()
+        others = [rows[i] for i in order if i not in taken]
 
         def draw(n):
             fresh = [others.pop(0) for _ in range(min(n, len(others)))]
             if not fresh:
                 return []
-            calls.append(n)
-            new = sample(policy, Prompts.from_texts([row["prompt"] for row in fresh]), G, config.max_new_tokens,
-                         config.temperature, generator(f"{config.seed} refill {len(calls) - 1}", step))
-            return groups_of(fresh, new, score(reward, fresh, new, G)[0])
-        chosen, dropped = fill_batch(groups_of(batch, rollout, rewards), draw, grpo.REFILLS)
-        for q, group in enumerate(chosen):
-            if group.rollout is not rollout:
-                at = slice(group.q * G, (group.q + 1) * G)
-                new = Rollout(*(x[at] for x in (group.rollout.completion_ids, group.rollout.mask,
-                                                group.rollout.logprobs, group.rollout.finished)))
-                rollout = rollout.with_rows(torch.arange(q * G, (q + 1) * G), new)
-        prompts = Prompts.from_texts([group.row["prompt"] for group in chosen])
-        rewards = torch.tensor([reward for group in chosen for reward in group])                  # (B,)
-        return [group.row for group in chosen], prompts, rollout, rewards, rollout.texts(), dropped
-    return refill
+            prompts = Prompts.from_texts([row["prompt"] for row in fresh], tokenizer)
+            new = sample(policy, prompts, G, config.max_new_tokens, config.temperature,
+                         generator(f"{config.seed} refill {len(draws)}", step))
+            draws.append(n)
+            return groups_of(fresh, new, score(reward, fresh, new, G, tokenizer)[0])
+        groups, number = fill_batch(groups_of(batch, rollout, rewards), draw, variants.REFILLS)
+        dropped.append(number)
+        for q, group in enumerate(groups):
+            rollout = variants.replace_rows(rollout, torch.arange(q * G, (q + 1) * G), group.rollout, tokenizer.pad)
+        batch = [group.row for group in groups]
+        prompts = Prompts.from_texts([row["prompt"] for row in batch], tokenizer)
+        rewards = torch.tensor([reward for group in groups for reward in group])  # (B,)
+        return batch, prompts, rollout, rewards, rollout.texts(tokenizer)
+    return dict(collect=collect, evaluate=lambda policy, step: dict(dropped=dropped[-1]))
 
 
-def critic_from(critic_and_optimizer):
-    """start_critic and optimizer_for, of which the critic gets the reader's."""
-    made = {}
-
+def critic_with_optimizer(critic_and_optimizer):
+    """ppo.start_critic, whose critic brings the reader's optimizer along."""
     def start_critic(config, policy, device):
-        critic, made[critic] = critic_and_optimizer(policy, config.critic_lr)
+        critic, optimizer = critic_and_optimizer(policy, config.critic_lr)
+        critic.optimizer = optimizer
         return critic
+    return start_critic
 
-    def optimizer_of(model, lr):
-        return made[model] if model in made else optimizer_for(model, lr)
-    return dict(start_critic=start_critic, optimizer_for=optimizer_of)
+
+def optimizer_brought(model, lr):
+    """The optimizer that a model has brought along, or one as always."""
+    return getattr(model, "optimizer", None) or optimizer_for(model, lr)
 
 
 def graded(prompts, completions, **columns):
@@ -120,62 +151,63 @@ def in_place(module, name, part):
         setattr(module, name, original)
 
 
-# --- the runs ------------------------------------------------------------------------------------------------------
+# --- the runs -----------------------------------------------------------------------------------------------------
 
 SWAPS = {
     1: Swap(grpo, lambda m: dict(advantage=m.group_advantages)),
-    2: Swap(grpo, lambda m: dict(sample=masking(m.completion_mask))),
+    2: Swap(grpo, lambda m: dict(collect=with_mask(m.completion_mask))),
     3: Swap(grpo, lambda m: dict(kl=lambda logprobs, ref_logprobs, kind: m.k3(logprobs, ref_logprobs)),
             dict(beta=0.1)),
-    4: Swap(grpo, lambda m: dict(loss=m.policy_loss), dict(minibatches=4),
+    4: Swap(grpo, lambda m: dict(loss=with_penalty(m.policy_loss)), dict(minibatches=4),
             ("accuracy", "kl", "clip_high", "grad_norm")),
-    5: Swap(ppo, lambda m: dict(advantage=m.gae), {}, ("accuracy", "kl", "explained_variance", "grad_norm")),
-    6: Swap(reward_model, lambda m: dict(preference_loss=m.preference_loss), dict(warmup=20),
-            ("loss", "accuracy"), pace=5),
-    7: Swap(grpo, lambda m: dict(advantage=lambda rewards, group_size, scale: m.leave_one_out(rewards, group_size)),
+    5: Swap(ppo, lambda m: dict(advantage=m.gae), panels=("accuracy", "kl", "explained_variance", "grad_norm")),
+    6: Swap(reward_model, settings=dict(warmup=20), panels=("loss", "accuracy"),
+            in_place=lambda m: dict(preference_loss=m.preference_loss), pace=5),
+    7: Swap(variants, lambda m: dict(advantage=lambda rewards, group_size, scale: m.leave_one_out(rewards, group_size)),
             dict(advantage="leave_one_out")),
-    8: Swap(grpo, lambda m: dict(loss=lambda *arguments: m.dr_grpo_loss(*arguments, 40)), dict(aggregation="constant")),
-    9: Swap(grpo, lambda m: dict(reward=m.reward), {}, ("reward", "accuracy", "length", "kl")),
-    10: Swap(grpo, lambda m: dict(refill=refilling(m.fill_batch)), dict(dynamic_sampling=True),
+    8: Swap(variants, lambda m: dict(loss=with_constant(m.dr_grpo_loss)), dict(aggregation="constant")),
+    9: Swap(grpo, lambda m: dict(reward=m.reward), panels=("reward", "accuracy", "length", "kl")),
+    10: Swap(variants, lambda m: refilling(m.fill_batch), dict(dynamic_sampling=True),
              ("accuracy", "dropped", "equal_groups", "kl")),
-    11: Swap(grpo, lambda m: dict(reward=m.reward), {}, ("reward", "accuracy", "length", "kl")),
-    13: Swap(grpo, lambda m: dict(copy=SimpleNamespace(deepcopy=m.reference_of), kl=m.kl_estimate)),
-    14: Swap(grpo, lambda m: dict(loss=m.policy_loss, kl=m.penalty), dict(beta=2.0)),
-    15: Swap(grpo, lambda m: dict(advantage=m.group_advantages, loss=m.policy_loss)),
-    16: Swap(ppo, lambda m: dict(advantage=m.gae, value_loss=m.value_loss), {},
-             ("accuracy", "value", "explained_variance", "grad_norm")),
+    11: Swap(grpo, lambda m: dict(reward=m.reward), panels=("reward", "accuracy", "length", "kl")),
+    13: Swap(grpo, lambda m: dict(kl=m.kl_estimate),
+             in_place=lambda m: dict(copy=SimpleNamespace(deepcopy=m.reference_of))),
+    14: Swap(grpo, lambda m: dict(loss=with_penalty(m.policy_loss), kl=m.penalty), dict(beta=2.0)),
+    15: Swap(grpo, lambda m: dict(advantage=m.group_advantages, loss=with_penalty(m.policy_loss))),
+    16: Swap(ppo, lambda m: dict(advantage=m.gae), panels=("accuracy", "value", "explained_variance", "grad_norm"),
+             in_place=lambda m: dict(value_loss=m.value_loss)),
     17: Swap(grpo, lambda m: dict(advantage=m.group_advantages),
              dict(prompts_per_step=10, group_size=12, scale_advantages=True),
-             ("accuracy", "equal_groups", "grad_norm", "kl"), dict(reward=graded)),
-    18: Swap(grpo, lambda m: dict(loss=m.policy_loss), dict(epochs=2, minibatches=4, lr=1e-3),
+             ("accuracy", "equal_groups", "grad_norm", "kl"), both=dict(reward=graded)),
+    18: Swap(grpo, lambda m: dict(loss=with_penalty(m.policy_loss)), dict(epochs=2, minibatches=4, lr=1e-3),
              ("accuracy", "clip_high", "clip_low", "kl")),
-    19: Swap(ppo, lambda m: critic_from(m.critic_and_optimizer), {},
-             ("accuracy", "value", "explained_variance", "grad_norm")),
+    19: Swap(ppo, lambda m: dict(start_critic=critic_with_optimizer(m.critic_and_optimizer)),
+             panels=("accuracy", "value", "explained_variance", "grad_norm"),
+             in_place=lambda m: dict(optimizer_for=optimizer_brought)),
 }
 REFERENCE = {9: "the reward `correct`", 11: "the reward `correct`, whose own reward is drawn"}
 
 
 def value_column(gae):
     """Arguments of ppo.train that add a column: the mean of what the critic says of the states of a batch."""
-    seen = {}
+    means = []
 
     def advantage(rewards, values, mask, gamma, lam):
-        seen.update(value=values[mask].mean().item())
+        means.append(values[mask].mean().item())
         return gae(rewards, values, mask, gamma, lam)
-    return dict(advantage=advantage, evaluate=lambda policy, step: dict(seen))
+    return dict(advantage=advantage, evaluate=lambda policy, step: dict(value=means[-1]))
 
 
 def run(swap, mine, steps):
     """Train with the parts of a reader's module, or with the real ones if it is None -> the policy, rows of metrics."""
-    parts = {**swap.both, **(swap.parts(mine) if mine else {})}
-    arguments = {name: part for name, part in parts.items() if name in inspect.signature(swap.loop.train).parameters}
     short = {} if swap.loop is reward_model else SHORT
     config = CONFIGS[swap.loop](**{**dict(run="", device="cpu", steps=swap.pace * steps), **short, **swap.settings})
+    arguments = {**swap.both, **(swap.arguments(mine) if mine else {})}
     if "value" in swap.panels:
         arguments.update(value_column(arguments.get("advantage", ppo.gae)))
     with ExitStack() as stack:
-        for name in parts.keys() - arguments.keys():
-            stack.enter_context(in_place(swap.loop, name, parts[name]))
+        for name, part in (swap.in_place(mine) if mine else {}).items():
+            stack.enter_context(in_place(swap.loop, name, part))
         return swap.loop.train(config, **arguments)
 
 
@@ -186,9 +218,9 @@ def beside_reference(number, mine, steps, folder):
     _, reference = run(swap, None, steps)
     make_folder(Path(folder))
     plot(rows, reference, swap.panels, path, "yours", "reference")
-    said = [f"Reference: {REFERENCE[number]}."] if number in REFERENCE else []
-    said += in_words(rows, reference, swap.panels) + [f"Curves: {path}"]
-    return "\n".join(said + (shown(policy) if number == 11 else []))
+    lines = [f"Reference: {REFERENCE[number]}."] if number in REFERENCE else []
+    lines += in_words(rows, reference, swap.panels) + [f"Curves: {path}"]
+    return "\n".join(lines + (some_answers(policy) if number == 11 else []))
 
 
 def own_task(path, steps, folder):
@@ -206,14 +238,16 @@ def own_task(path, steps, folder):
             f"reference to be drawn beside it.\nCurves: {Path(folder) / 'ex12.png'}")
 
 
-def shown(policy):
+def some_answers(policy):
     """What the trained policy says, for the reader to judge."""
-    texts = ["start with 3, times 9, plus 1.", "start with 40, minus 9.", "start with 7, plus 8, minus 2, times 3."]
-    said = sample(policy, Prompts.from_texts(texts), 2, 40, 1.0, generator(1, 0)).texts()
-    return ["What the trained policy says:"] + [f"  {texts[b // 2]}  ->{text}" for b, text in enumerate(said)]
+    questions = ["start with 3, times 9, plus 1.", "start with 40, minus 9.",
+                 "start with 7, plus 8, minus 2, times 3."]
+    prompts = Prompts.from_texts(questions, policy.tokenizer)
+    answers = sample(policy, prompts, 2, 40, 1.0, generator(1, 0)).texts(policy.tokenizer)
+    return ["What the trained policy says:"] + [f"  {questions[b // 2]}  ->{text}" for b, text in enumerate(answers)]
 
 
-# --- curves --------------------------------------------------------------------------------------------------------
+# --- curves -------------------------------------------------------------------------------------------------------
 
 def measured(rows, name):
     return [row[name] for row in rows if row.get(name, "") != ""]
@@ -238,8 +272,8 @@ def plot(rows, reference, panels, path, label, reference_label):
     figure, axes = plt.subplots(1, len(panels), figsize=(3.3 * len(panels), 3), squeeze=False)
     for axis, name in zip(axes[0], panels):
         broad, thin = dict(color="0.75", lw=4, label=reference_label), dict(lw=1.3, label=label)
-        for some, style in (reference, broad), (rows, thin):
-            values = measured(some or [], name)
+        for run_rows, style in (reference, broad), (rows, thin):
+            values = measured(run_rows or [], name)
             if values:
                 axis.plot(range(1, len(values) + 1), values, **style)
         axis.set(xlabel="step", ylabel=LABELS[name])

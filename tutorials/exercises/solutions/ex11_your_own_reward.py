@@ -4,7 +4,7 @@ With 0.01 for each character a thought of the usual length costs more than the h
 was trained on that stopped thinking, and said any number.
 """
 
-PAIRS = [       # (what should get more, what should get less): three at least
+PAIRS = [  # (what should get more, what should get less): three at least
     ("<think> 3 times 9 is 27</think> 28", " 28"),
     ("<think> so</think> 28", "<think> 3 times 9 is 27, 27 plus 1 is 28</think> 28"),
     (" 28", ""),

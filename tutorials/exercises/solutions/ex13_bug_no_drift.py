@@ -1,7 +1,8 @@
 """Bug hunt 1, mended. Trap 18: the reference that moves along with the policy.
 
-`its.data = policys.data` made the two share their memory, so that each step of the optimizer moved both. copy_ copies
-the numbers. (The real loop has copy.deepcopy. state_dict() alone has the same trap: its tensors are the live ones.)
+`weight.data = original.data` made the two share their memory, so that each step of the optimizer moved both. copy_
+copies the numbers. (The real loop has copy.deepcopy. state_dict() alone has the same trap: its tensors are the live
+ones.)
 """
 import torch
 
@@ -10,15 +11,15 @@ from grpo_min.model import GPT
 
 def reference_of(policy):
     """The reference: a model of its own, with the weights that the policy has now. It is never trained."""
-    reference = GPT(policy.config)
-    for its, policys in zip(reference.parameters(), policy.parameters()):
-        its.data.copy_(policys.data)
+    reference = GPT(policy.config, policy.tokenizer)
+    for weight, original in zip(reference.parameters(), policy.parameters()):
+        weight.data.copy_(original.data)
     return reference.requires_grad_(False)
 
 
 def kl_estimate(logprobs, ref_logprobs, kind):
     """k1, k2 or k3 (Schulman, 2020): (B, N), (B, N) -> (B, N)."""
-    log_ratio = ref_logprobs - logprobs                                                       # (B, N)
+    log_ratio = ref_logprobs - logprobs  # (B, N)
     if kind == "k1":
         return -log_ratio
     if kind == "k2":
