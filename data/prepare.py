@@ -34,7 +34,7 @@ from pathlib import Path
 
 from grpo_min import tokenizer
 from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, VALUES, gold_score
-from grpo_min.run import bpe
+from grpo_min import bpe
 
 SEED = 1
 VOCAB_SIZE = 600                 # 6 special tokens, 256 bytes, 338 merges

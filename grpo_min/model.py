@@ -48,14 +48,14 @@ class Attention(nn.Module):
         y, keys_values = self.attend(self.qkv(x), past, visible)
         return self.out(y), keys_values
 
-    def attend(self, qkv, past, visible):
+    def attend(self, qkv, past, visible, softmax=F.scaled_dot_product_attention):
         """The softmax: qkv (B, T, 3 D) -> (B, T, D), and the keys and values so far."""
         B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
         qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, E) each
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
+        y = softmax(q, k, v, visible, is_causal=visible is None)
         return y.transpose(1, 2).reshape(B, T, D), (k, v)
 
 
@@ -150,7 +150,7 @@ class GPT(nn.Module):
         visible = columns < prompts.length[:, None]  # (Q, P)
 
         def repeat(x):
-            return x.repeat_interleave(group_size, dim=0)
+            return x[:, None].expand(-1, group_size, *x.shape[1:]).flatten(0, 1)
         past = [(repeat(k), repeat(v)) for k, v in past]
         return repeat(states[rows, prompts.length - 1]), past, repeat(visible)[:, None]
 

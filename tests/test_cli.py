@@ -22,11 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_min import evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min import bpe, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
 from grpo_min.lab import compare
 from grpo_min.lab.processes import in_own_process
 from grpo_min.model import ScalarGPT
-from grpo_min.run import bpe, log
+from grpo_min.run import log
 from grpo_min.run.checkpoint import load_checkpoint, load_model
 from grpo_min.run.config import UserError, parse, run_command
 from grpo_min.run.table import read_csv

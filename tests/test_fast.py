@@ -173,18 +173,36 @@ def test_one_step_is_one_token_of_the_plain_forward(double, gpt, prompts, comple
     expected, P = gpt.states(prompts, completions), prompts.ids.shape[1]
     state, past, visible = gpt.read(prompts, 2)
     caches = [tuple(F.pad(x, (0, 0, 0, 5), value=float("nan")) for x in keys_values) for keys_values in past]
-    visible, position = F.pad(visible[:, 0], (0, 5), value=True), prompts.length.repeat_interleave(2)
+    hidden, position = F.pad(visible[:, 0].float().log(), (0, 5)), prompts.length.repeat_interleave(2)
     for t in range(5):
         close(state, expected[:, t])
-        state = fast.step(gpt, completions[:, t], position + t, caches, visible, P + t)
+        state = fast.step(gpt, completions[:, t], position + t, caches, hidden, P + t)
         for cache in [cache for keys_values in caches for cache in keys_values]:
             assert not cache[:, :, :P + t + 1].isnan().any() and cache[:, :, P + t + 1:].isnan().all()
     close(state, expected[:, 5])
     _, kept = gpt.run(completions, position[:, None] + torch.arange(5), past, torch.cat(
-        [visible[:, None, None, :P].expand(-1, 1, 5, -1), torch.ones(6, 1, 5, 5).bool().tril()], dim=3))
+        [visible[:, None].expand(-1, 1, 5, -1), torch.ones(6, 1, 5, 5).bool().tril()], dim=3))
     for ours, plain in zip(caches, kept):
         for cache, x in zip(ours, plain):
             close(cache, x)
+
+
+@pytest.mark.parametrize("columns", [3, 15, 16, 17, 40])
+def test_the_softmax_of_two_products_is_torch_s(double, columns):
+    """With hidden columns, fewer columns than are filled up to, as many, and more: values and gradients."""
+    torch.manual_seed(columns)
+    q, k, v = torch.randn(2, 3, 4, 8), torch.randn(2, 3, columns, 8), torch.randn(2, 3, columns, 8)
+    visible = torch.rand(2, 1, 4, columns) < 0.6
+    visible[..., 0] = True
+    outputs, gradients = [], []
+    for attention, mask in (fast.softmax, visible.float().log()), (F.scaled_dot_product_attention, visible):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        outputs.append(attention(*inputs, mask))
+        outputs[-1].square().sum().backward()
+        gradients.append([x.grad for x in inputs])
+    close(*outputs)
+    for ours, theirs in zip(*gradients):
+        close(ours, theirs)
 
 
 # --- the steps that CUDA graphs record ----------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from grpo_min import grpo, ppo, pretrain, reward_model, sample, sft
 from grpo_min import tokenizer as tokenizers
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
-from grpo_min.run import bpe
+from grpo_min import bpe
 from grpo_min.run.checkpoint import load_checkpoint, load_model, serialise, weights
 from grpo_min.run.config import UserError, run_command
 from grpo_min.run.files import DATA
