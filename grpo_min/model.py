@@ -45,18 +45,17 @@ class Attention(nn.Module):
         past: keys and values (B, H, S, E) of what stands before x; None: nothing does.
         visible (B, 1, T, S + T): where a token may look; None: at itself and before it.
         """
-        y, keys_values = self.attend(self.qkv(x), past, visible)
-        return self.out(y), keys_values
-
-    def attend(self, qkv, past, visible, softmax=F.scaled_dot_product_attention):
-        """The softmax: qkv (B, T, 3 D) -> (B, T, D), and the keys and values so far."""
-        B, T, D = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
-        qkv = qkv.view(B, T, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, T, E) each
+        q, k, v = self.split(self.qkv(x))  # (B, H, T, E) each
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
-        y = softmax(q, k, v, visible, is_causal=visible is None)
-        return y.transpose(1, 2).reshape(B, T, D), (k, v)
+        y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
+        return self.out(y.transpose(1, 2).flatten(2)), (k, v)
+
+    def split(self, qkv):
+        """(B, T, 3 D) -> queries, keys and values of every head, (3, B, H, T, E)."""
+        B, T, width = qkv.shape
+        qkv = qkv.view(B, T, 3, self.heads, width // 3 // self.heads)
+        return qkv.permute(2, 0, 3, 1, 4)
 
 
 class Block(nn.Module):
