@@ -46,8 +46,9 @@ class MainConfig:
 
 def write_data(folder, operations):
     """Data with longer chains, by the script that is no part of the package."""
-    words = ["data.prepare", "--out", str(folder.resolve()), "--operations", *operations]
-    code = subprocess.call([sys.executable, "-m", *words], cwd=DATA.parent)
+    arguments = ["--out", str(folder.resolve()), "--operations", *operations]
+    command = [sys.executable, "-m", "data.prepare", *arguments]
+    code = subprocess.call(command, cwd=DATA.parent)
     require(code == 0, f"data.prepare ended with code {code}")
 
 

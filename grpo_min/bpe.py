@@ -66,6 +66,7 @@ def main(argv=None):
     require(config.vocab_size >= len(SPECIAL) + 256, "--vocab-size must be at least "
             f"{len(SPECIAL) + 256}: the special tokens and the bytes")
     text, path = read_text(config.text), Path(config.run) / "tokenizer.json"
+    require(text.strip(), f"{config.text} is empty")
     tokenizer = train(text, config.vocab_size)
     make_folder(config.run)
     save(tokenizer, path)

@@ -47,7 +47,7 @@ def wilson(right):
 
 
 def agreement(right):
-    """n booleans in words: 9 of 12, 75% (95% interval 47% to 91%)."""
+    """How many of n booleans are true: 9 of 12, 75% (95% interval 47% to 91%)."""
     shares = "{:.0%} (95% interval {:.0%} to {:.0%})".format(*wilson(right))
     return f"{sum(right)} of {len(right)}, {shares}"
 

@@ -71,7 +71,7 @@ def group_advantages(rewards, group_size, scale=False):
     have fewer than 2 members or do not fit.
     """
     if group_size < 2 or len(rewards) % group_size:
-        raise ValueError(f"{len(rewards)} rewards do not make groups of {group_size}")
+        raise ValueError(f"{len(rewards)} rewards do not fit groups of {group_size} (>= 2)")
     groups = rewards.cpu().double().view(-1, group_size)  # (Q, G)
     baseline = groups.mean(dim=1, keepdim=True)  # (Q, 1)
     advantages = groups - baseline  # (Q, G)
@@ -83,8 +83,8 @@ def group_advantages(rewards, group_size, scale=False):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty=0.0):
     """PPO's clipped surrogate (1707.06347, eq. 7) less a penalty, negated: -> scalar.
 
-    penalty (B, N): what each token is charged, beta times its KL, as in 2402.03300, eq. 3.
-    A completion's sum, averaged over completions: the gradient of the expected reward.
+    (B, N) each; penalty: what a token is charged, beta times its KL (2402.03300, eq. 3).
+    Summed over tokens, averaged over rows: minus its gradient is the expected reward's.
     """
     ratio = (logprobs - old_logprobs).exp()  # (B, N)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (B, N)
@@ -96,7 +96,7 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     """Estimates of KL(policy || reference) from the policy's own samples: (B, N) -> (B, N).
 
     Schulman (2020): k1 is unbiased and noisy, k2 biased and positive, k3 unbiased and
-    positive. In a loss k1 has an expected gradient of zero, in a reward it alone is right.
+    positive. k1 in a loss has no gradient on average; in a reward only k1's is right.
     """
     log_ratio = ref_logprobs - logprobs  # (B, N)
     if kind == "k1":

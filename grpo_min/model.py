@@ -121,7 +121,7 @@ class GPT(nn.Module):
         """prompts (Q rows), completion_ids (B, N) -> states (B, N + 1, D).
 
         State t has read the prompt and the completion tokens before t; state N all of them.
-        With a mask (B, N), False on the padding at the right, states that read it are 0.
+        With a mask (B, N) of tokens to read, False at the right, the states behind are 0.
         """
         run = self.run
         if mask is not None:
@@ -184,7 +184,7 @@ class ScalarGPT(nn.Module):
         return self.scalar(self.trunk.states(prompts, completion_ids, mask)).squeeze(-1)
 
     def values(self, prompts, completion_ids, mask):
-        """The value of each column's state: (B, N). None reads the last token."""
+        """The value of each column's state: (B, N). No state has read the last token."""
         return self(prompts, completion_ids[:, :-1], mask[:, 1:])
 
     def last(self, prompts, completion_ids, mask):

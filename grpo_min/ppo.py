@@ -1,8 +1,8 @@
 """Stage 4: reinforcement learning on the policy's own completions, in seven steps.
 
 PPO, Proximal Policy Optimization (1707.06347): the baseline is a critic's value of each
-state, the advantage what came after a token and the critic had not expected. The critic
-learns, too. grpo.py is the same file without one: read the two side by side.
+state, the advantage how much better it went after a token than the critic expected. The
+critic learns, too. grpo.py is the same file without one: read the two side by side.
 
 1. sample prompts; 2. sample a group of completions for each; 3. score them; 4. the
 baseline; 5. the advantages; 6. update the policy on a clipped surrogate with a KL penalty
@@ -113,8 +113,8 @@ def start_critic(config, policy, device):
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty=0.0):
     """PPO's clipped surrogate (1707.06347, eq. 7) less a penalty, negated: -> scalar.
 
-    penalty (B, N): what each token is charged, beta times its KL, as in 2402.03300, eq. 3.
-    A completion's sum, averaged over completions: the gradient of the expected reward.
+    (B, N) each; penalty: what a token is charged, beta times its KL (2402.03300, eq. 3).
+    Summed over tokens, averaged over rows: minus its gradient is the expected reward's.
     """
     ratio = (logprobs - old_logprobs).exp()  # (B, N)
     clipped = ratio.clamp(1 - clip_eps, 1 + clip_eps)  # (B, N)
@@ -126,7 +126,7 @@ def kl_estimate(logprobs, ref_logprobs, kind):
     """Estimates of KL(policy || reference) from the policy's own samples: (B, N) -> (B, N).
 
     Schulman (2020): k1 is unbiased and noisy, k2 biased and positive, k3 unbiased and
-    positive. In a loss k1 has an expected gradient of zero, in a reward it alone is right.
+    positive. k1 in a loss has no gradient on average; in a reward only k1's is right.
     """
     log_ratio = ref_logprobs - logprobs  # (B, N)
     if kind == "k1":
@@ -213,7 +213,7 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
             with torch.no_grad():
                 old_values = critic.values(prompts, rollout.completion_ids, rollout.mask)
             clock.lap("critic")
-            # --- 5. the advantage is what came after a token and the critic did not expect
+            # --- 5. the advantage is how much better it went than the critic expected
             charged = rollout.at_last_token(rewards) - charge  # (B, N)
             advantages, returns = advantage(charged, old_values, rollout.mask, config.gamma,
                                             config.lam)  # (B, N) each

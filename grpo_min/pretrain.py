@@ -15,7 +15,7 @@ from grpo_min.run.config import (option, parse, pick_device, require, require_po
                                  run_command)
 from grpo_min.run.files import DATA, read_text
 from grpo_min.run.fit import fit
-from grpo_min.run.ranks import share
+from grpo_min.run.ranks import RANKS, share
 
 
 @dataclass
@@ -70,6 +70,8 @@ def train(config):
                           config.width), tokenizer).to(device)
     rows_per_epoch = (sum(map(len, documents)) - 1) // config.context
     batches = rows_per_epoch // config.batch_size
+    require(config.batch_size % RANKS == 0,
+            f"a batch of {config.batch_size} does not divide among {RANKS} ranks")
     require(batches > 0, f"{config.text} fills only {rows_per_epoch} rows, --batch-size is "
             f"{config.batch_size}")
     packed = {}  # {epoch: rows}, the current one only

@@ -27,6 +27,7 @@ from grpo_min.run.data import batch_rows, columns, read_jsonl
 from grpo_min.run.files import DATA, save_file
 from grpo_min.run.fit import fit
 from grpo_min.run.plots import plot_calibration
+from grpo_min.run.ranks import RANK
 from grpo_min.run.rng import generator
 
 SIDES = ["chosen", "rejected"]
@@ -50,7 +51,7 @@ class RewardModelConfig:
     batch_size: int = option(24, "pairs per update (all, if there are fewer)")
     lr: float = option(2e-3, "peak learning rate")
     weight_decay: float = option(0.5, "AdamW's weight decay, so that the annotators' noise "
-                                 "is not learnt by heart")
+                                 "is not learned by heart")
     warmup: int = option(100, "updates over which the learning rate rises")
     seed: int = option(1, "seed of the order of pairs")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
@@ -183,7 +184,7 @@ def main(argv=None):
     choices = read_jsonl(config.preferences, FIELDS)
     _, kept = keep_back(choices, config.holdout, config.seed)
     model, _ = train(config)
-    report(model, config.heldout, config.run)
+    report(model, config.heldout, config.run if RANK == 0 else "")
     if kept:
         report_kept_back(model, kept, config.preferences)
 

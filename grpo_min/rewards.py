@@ -80,7 +80,7 @@ RULES = {"correct": correct, "well_formed": well_formed,
 
 
 def load_reward(config, reward, policy, device):
-    """What config, or a function in its place, rewards -> reward, prompt rows, files."""
+    """The reward of config, or the function given; its rows of prompts; their files."""
     name = "animals" if config.reward == "learned" else "arithmetic"
     path = config.task or config.prompts or str(DATA / f"{name}_train.jsonl")
     files, fields, unit, at_least = [path], ["prompt"], "line", config.prompts_per_step
@@ -99,15 +99,15 @@ def load_reward(config, reward, policy, device):
         fields.append("answer")
     if not config.task:
         rows = read_jsonl(path, fields, at_least)
-    require(not {"completions", "finished"} & rows[0].keys(), f"{path}: completions and "
-            "finished cannot be fields: the rewards get columns of these names already")
+    taken = ", ".join({"prompts", "completions", "finished"} & rows[0].keys())
+    require(not taken, f"{path}: the field {taken} has a name that rewards get already")
     lengths = [(len(policy.tokenizer.encode_prompt(row["prompt"])), config.max_new_tokens)
                for row in rows]
     require_fit(policy.config.context, lengths, path, unit)
     return reward, rows, files
 
 
-def numbers(reward, prompts, completions, **columns):
+def numbers(reward, prompts, completions, /, **columns):
     """What a reward function says of B completions -> B finite floats, or a UserError."""
     rewards = reward(prompts, completions, **columns)
     try:

@@ -9,8 +9,6 @@ answers, and the model would hardly ever think.
 """
 from dataclasses import dataclass
 
-import torch
-
 from grpo_min.rollout import Prompts, pad_completions, require_fit, token_logprobs
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import (option, parse, pick_device, require, require_positive,

@@ -1,6 +1,6 @@
 """A task of your own in one Python file, for --task. Like tutorials/countdown.py, it has
 
-    prompts(split) -> rows with prompt and what the reward needs; split: train, val or test
+    prompts(split) -> rows with prompt and what the reward needs; split: train, val, test
     demonstrations() -> rows with prompt and response
     reward(prompts, completions, **columns) -> a number per completion, as in rewards.py
 

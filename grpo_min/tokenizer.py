@@ -78,7 +78,7 @@ class Tokenizer:
 
 
 def load(path):
-    """The tokenizer of a file that the command above has written."""
+    """The tokenizer of a file that save() has written."""
     text = read_text(path)
     try:
         return Tokenizer.from_dict(json.loads(text))

@@ -64,14 +64,14 @@ def sequence_log_ratio(logprobs, old_logprobs, mask):
 
 AGGREGATIONS = {  # (mask (B, N), longest completion) -> the divisor of a completion's sum
     "sum": lambda mask, longest: 1,
-    "sequence": lambda mask, longest: mask.sum(1, keepdim=True).clamp(min=1),  # GRPO
-    "token": lambda mask, longest: mask.sum().clamp(min=1) / len(mask),  # DAPO, eq. 8
-    "constant": lambda mask, longest: longest,  # Dr. GRPO
+    "sequence": lambda mask, longest: mask.sum(1, keepdim=True).clamp(min=1),  # 2402.03300
+    "token": lambda mask, longest: mask.sum().clamp(min=1) / len(mask),  # 2503.14476, eq. 8
+    "constant": lambda mask, longest: longest,  # 2503.20783
 }
 
 
 def make_loss(config, clipped=None):
-    """A function in place of grpo.policy_loss, which it calls: ratio, clip and aggregation.
+    """A function in place of grpo.policy_loss, with the ratio, clip and sums of config.
 
     ratio `sequence` is GSPO's (2507.18071, eq. 5 to 7): one ratio for a completion, the
     geometric mean of its tokens'. `cispo` (2506.13585, eq. 4 and 5) weighs log pi with the
@@ -96,8 +96,8 @@ def make_loss(config, clipped=None):
             return -((surrogate - penalty) * mask).sum(dim=1).mean()
         # Clip-higher (DAPO 2503.14476, eq. 8): with A > 0 only the upper bound counts in
         # the minimum, with A < 0 only the lower one.
-        clip_eps = torch.where(advantages > 0, high, low)  # (B, N)
-        return policy_loss(log_ratio, 0.0, advantages, mask, clip_eps, penalty)
+        bound = torch.where(advantages > 0, high, low)  # (B, N)
+        return policy_loss(log_ratio, 0.0, advantages, mask, bound, penalty)
     return loss
 
 

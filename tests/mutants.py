@@ -178,8 +178,8 @@ MUTANTS = [Mutant(*row) for row in [
     (9, "ppo", "error = torch.max((values - returns) ** 2, (near - returns) ** 2)",
      "error = torch.min((values - returns) ** 2, (near - returns) ** 2)",
      "algorithms::value_loss_with_clipping_by_hand"),
-    (9, "variants", "clip_eps = torch.where(advantages > 0, high, low)",
-     "clip_eps = torch.where(advantages < 0, high, low)",
+    (9, "variants", "bound = torch.where(advantages > 0, high, low)",
+     "bound = torch.where(advantages < 0, high, low)",
      "variants::clip_higher_by_hand"),
 
     (10, "grpo", "ratio = (logprobs - old_logprobs).exp()",

@@ -261,6 +261,14 @@ def test_a_field_that_is_missing_or_no_text_is_named(command, option, refused, t
             assert "line 21" in error and f'"{field}"' in error, error
 
 
+def test_a_field_with_a_name_that_rewards_get_already_is_refused_and_any_other_is_a_column(tmp_path, refused):
+    for name in "prompts", "completions", "finished":
+        rows = [dict(prompt=text, answer="1", **{name: "x"}) for text in tiny.PROMPTS]
+        assert name in refused(grpo, prompts=tiny.jsonl(tmp_path / "rows.jsonl", rows))
+    rows = [dict(prompt=text, answer="1", reward="x", batch="y") for text in tiny.PROMPTS]
+    works(grpo, tmp_path, "--steps", "1", prompts=tiny.jsonl(tmp_path / "rows.jsonl", rows))
+
+
 @LOOPS
 def test_a_line_with_other_fields_is_named(command, refused, tmp_path):
     path = tiny.jsonl(tmp_path / "data.jsonl", [GOOD] * 20 + [dict(GOOD, note="x")])

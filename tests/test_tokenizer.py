@@ -151,7 +151,8 @@ def test_a_vocabulary_without_room_for_the_bytes(size, tmp_path, capsys):
 
 def test_texts_and_folders_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    for name in "nowhere.txt", "bytes.txt", ".":
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name in "nowhere.txt", "bytes.txt", "empty.txt", ".":
         path = tmp_path / name
         assert str(path) in refused(capsys, bpe, "--text", path, "--vocab-size", 300, "--run", tmp_path / "run")
     text = tiny.text_file(tmp_path / "text.txt")

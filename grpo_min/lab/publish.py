@@ -2,7 +2,7 @@
 
 From what `python -m grpo_min`, and then perhaps `python -m grpo_min.lab.compare --run runs/main/compare` with more
 seeds, wrote in runs/main, the weights of the first three stages go to data/checkpoints, tables, curves and figures to
-tutorials/results, those of the benchmark with them. The pages then get the tables between <!-- NAME --> and
+tutorials/results, and so do those of the benchmark. The pages then get the tables between <!-- NAME --> and
 <!-- end of NAME -->, and links to the seven steps in grpo.py their line numbers.
 """
 import json

@@ -31,11 +31,11 @@ def parse(config_class, argv=None, **defaults):
     parser.error = lambda text: require(False, f"{text} (--help explains every option)")
     for field in dataclasses.fields(config_class):
         help = field.metadata["help"].replace("%", "%%") + f" (default: {field.default})"
-        kind = dict(type=type(field.default), choices=field.metadata["choices"])
+        keywords = dict(type=type(field.default), choices=field.metadata["choices"])
         if isinstance(field.default, bool):
-            kind = dict(action=argparse.BooleanOptionalAction)
+            keywords = dict(action=argparse.BooleanOptionalAction)
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
-                            help=help, **kind)
+                            help=help, **keywords)
     parser.set_defaults(**defaults)
     return config_class(**vars(parser.parse_args(argv)))
 
@@ -55,11 +55,11 @@ def require_positive(config, *names):
 
 def pick_device(name):
     """A torch.device; auto is CUDA if there is any. Under torchrun: this rank's own."""
-    there = dict(cpu=True, cuda=torch.cuda.is_available(),
-                 mps=torch.backends.mps.is_available())
+    available = dict(cpu=True, cuda=torch.cuda.is_available(),
+                     mps=torch.backends.mps.is_available())
     if name == "auto":
-        name = "cuda" if there["cuda"] else "cpu"
-    require(there[name], f"--device {name}: torch finds no {name.upper()} device here")
+        name = "cuda" if available["cuda"] else "cpu"
+    require(available[name], f"--device {name}: torch finds no {name.upper()} device here")
     return join(torch.device(name))
 
 

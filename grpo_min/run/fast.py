@@ -143,9 +143,9 @@ class GraphDecoder:
         self.state = torch.zeros(B, config.width, device=device)
         self.hidden = torch.zeros(B, P + N, device=device)
         with autocast(device):
-            kind = policy.blocks[0].attention.qkv(self.state[:1]).dtype
+            dtype = policy.blocks[0].attention.qkv(self.state[:1]).dtype
         shape = B, config.heads, P + N, config.width // config.heads
-        empty = torch.zeros(shape, dtype=kind, device=device)
+        empty = torch.zeros(shape, dtype=dtype, device=device)
         self.caches = [(empty.clone(), empty.clone()) for _ in policy.blocks]
         self.chunks = [functools.partial(self.steps, t, min(t + CHUNK, N))
                        for t in range(0, N, CHUNK)]

@@ -3,6 +3,7 @@ import math
 
 from grpo_min.run.log import Run
 from grpo_min.run.optim import optimizer_for, update
+from grpo_min.run.ranks import mean_of_rows
 
 
 def fit(config, model, inputs, loss_at, weight_decay=0.0):
@@ -20,5 +21,6 @@ def fit(config, model, inputs, loss_at, weight_decay=0.0):
             loss, metrics = loss_at(step)
             norm = update(run, model, optimizer, loss)
             row = dict(loss=loss.item(), **metrics, lr=lr, grad_norm=norm)
+            row = mean_of_rows(row, loss.device)
             run.step_done(step, row, f"loss {loss.item():.3f}")
         return run.rows

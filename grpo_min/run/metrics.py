@@ -90,7 +90,8 @@ def record(run, step, row, clock, samples):
         if name not in run.warned and row.get(name, "") != "" and is_trouble(row[name]):
             run.warned.add(name)
             value = f"{name} is {row[name]:.3g} in step {step + 1}"
-            print(f"{run.name}note: {value}: {meaning}")
+            begin = "\n" if sys.stdout.isatty() else ""         # not behind the log line
+            print(f"{begin}{run.name}note: {value}: {meaning}")
     run.step_done(step, row, log_line(row), samples)
     if run.folder and step + 1 == run.config.steps:
         from grpo_min.run.plots import plot_curves     # matplotlib takes a second to import

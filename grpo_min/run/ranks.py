@@ -27,7 +27,7 @@ def join(device):
 
 
 def leave(code):
-    """End this process; one of several at once, since gloo's threads may abort an exit."""
+    """Exit. One of several waits for the others, then ends at once: gloo may abort it."""
     if dist.is_initialized():
         if code == 0:
             dist.barrier()
