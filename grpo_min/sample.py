@@ -29,20 +29,21 @@ class SampleConfig:
 
 
 def ask(policy, text, answers=2, temperature=1.0, max_new_tokens=40, seed=1):
-    """`answers` completions of one prompt, as texts. UserError if it is too long."""
+    """Completions of one prompt -> their texts, and whether each ended; or a UserError."""
     device = next(policy.parameters()).device
     prompts = Prompts.from_texts([text], policy.tokenizer, device)
     rollout = sample(policy, prompts, answers, max_new_tokens, temperature,
                      generator(seed, 0))
-    return rollout.texts(policy.tokenizer)
+    return rollout.texts(policy.tokenizer), rollout.finished.tolist()
 
 
 def show_answers(policy, questions, reward=None):
     """Print a sampled answer to each question, and its score if there is a reward."""
     for question in questions:
-        text = ask(policy, question, answers=1)[0]
-        score = f"    (score {reward([question], [text])[0]:.2f})" if reward else ""
-        print(f"  {question}\n      -> {text.strip()}{score}", flush=True)
+        texts, finished = ask(policy, question, answers=1)
+        scores = reward([question], texts, finished) if reward else []
+        score = f"    (score {scores[0]:.2f})" if scores else ""
+        print(f"  {question}\n      -> {texts[0].strip()}{score}", flush=True)
 
 
 def main(argv=None):
@@ -55,12 +56,14 @@ def main(argv=None):
         reward = learned(load_model(config.reward_model, device, "ScalarGPT"))
 
     def answer(text):
-        answers = ask(policy, text, config.answers, config.temperature,
-                      config.max_new_tokens, config.seed)
-        scores = reward([text] * len(answers), answers) if reward else [None] * len(answers)
-        for completion, score in zip(answers, scores):
-            shown = "" if score is None else f"    (score {score:.2f})"
-            print(f"  {completion.strip()}{shown}")
+        texts, finished = ask(policy, text, config.answers, config.temperature,
+                              config.max_new_tokens, config.seed)
+        scores = [""] * len(texts)
+        if reward:
+            scores = [f"    (score {score:.2f})"
+                      for score in reward([text] * len(texts), texts, finished)]
+        for completion, score in zip(texts, scores):
+            print(f"  {completion.strip()}{score}")
 
     if config.prompt:
         answer(config.prompt)

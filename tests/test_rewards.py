@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grpo_min import evaluate as evaluation
+from grpo_min import sample
 from grpo_min.evaluate import evaluate, held_out, interval, pass_at_k, show
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import correct, final_answer, learned, score, weighted_sum, well_formed
@@ -414,3 +415,13 @@ def test_end_is_the_last_token_read():
     ids, mask = pad_completions([" grass.", " grass."], TOKENIZER, finished=[True, False])
     assert ids[0, mask[0]].tolist() == ids[1, mask[1]].tolist() + [END]
     assert Prompts.from_texts(["a"], TOKENIZER).ids[0].tolist() == TOKENIZER.encode_prompt("a")
+
+
+def test_sample_scores_an_answer_that_was_cut_as_it_is(tmp_path, monkeypatch, capsys):
+    """The reward model hears that it has not ended, and reads no END behind it."""
+    heard = []
+    monkeypatch.setattr(sample, "learned", lambda model: lambda prompts, texts, finished: heard.append(finished)
+                        or [0.0] * len(texts))
+    sample.main(["--checkpoint", tiny.checkpoint(tmp_path / "sft.pt", ends=0), "--prompt", "a", "--max-new-tokens", "2",
+                 "--reward-model", tiny.reward_checkpoint(tmp_path / "reward.pt"), "--device", "cpu"])
+    assert heard == [[False, False]] and capsys.readouterr().out.count("(score 0.00)") == 2

@@ -124,7 +124,7 @@ def before_after(models, records, device):
     for question in QUESTIONS:
         lines += [f"**{question}**", ""]
         for name, policy in models.items():
-            lines += [f"* {name}: " + " / ".join(f"`{text.strip()}`" for text in ask(policy, question))]
+            lines += [f"* {name}: " + " / ".join(f"`{text.strip()}`" for text in ask(policy, question)[0])]
         lines += [""]
     return "\n".join(lines)
 

@@ -65,4 +65,4 @@ def train_and_judge(config, seed):
     questions = [row["prompt"] for row in rows[:3]]
     return dict(name="GRPO" if seed else "fine-tuned", **{name: mean for name, (mean, _, _) in figures.items()},
                 solved_interval=figures["full"][1:], prompts=len(rows), seconds=seconds_of(metrics) if seed else None,
-                answers=[(question, ask(policy, question, 1, 1.0, **LENGTH)[0].strip()) for question in questions])
+                answers=[(question, ask(policy, question, 1, 1.0, **LENGTH)[0][0].strip()) for question in questions])
