@@ -32,9 +32,10 @@ import math
 import random
 from pathlib import Path
 
-from grpo_min import tokenizer
+from grpo_min import bpe, tokenizer
 from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, VALUES, gold_score
-from grpo_min import bpe
+from grpo_min.run.config import run_command
+from grpo_min.run.files import make_folder
 
 SEED = 1
 VOCAB_SIZE = 600                 # 6 special tokens, 256 bytes, 338 merges
@@ -212,7 +213,7 @@ def main():
 
 def write(out, operations):
     """Write every file to the folder `out`: chains have as many operations as one of `operations` says."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     # Each kind of file has random numbers of its own: a change in one leaves the others as they are.
     rng = random.Random(f"{SEED} prompts")
     # Prompts. The held-out ones are drawn first: what they hold does not depend on how much there is to train on.
@@ -268,4 +269,4 @@ def write(out, operations):
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,7 +8,7 @@ from pathlib import Path
 import regex
 
 from grpo_min.run.config import option, parse, require
-from grpo_min.run.files import DATA, make_folder, read_text
+from grpo_min.run.files import DATA, make_folder, move_aside, read_text
 from grpo_min.tokenizer import PATTERN, SPECIAL, Tokenizer, save
 
 
@@ -68,6 +68,8 @@ def main(argv=None):
     text, path = read_text(config.text), Path(config.run) / "tokenizer.json"
     require(text.strip(), f"{config.text} is empty")
     tokenizer = train(text, config.vocab_size)
+    if path.exists():
+        move_aside(path.parent)
     make_folder(config.run)
     save(tokenizer, path)
     tokens = len(tokenizer.encode(text))

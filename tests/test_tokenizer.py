@@ -149,6 +149,14 @@ def test_a_vocabulary_without_room_for_the_bytes(size, tmp_path, capsys):
     assert "--vocab-size" in error and "262" in error and not (tmp_path / "run").exists()
 
 
+def test_an_earlier_tokenizer_is_kept(tmp_path, capsys):
+    text, run = tiny.text_file(tmp_path / "text.txt"), tmp_path / "run"
+    for size in "270", "280":
+        bpe.main(["--text", text, "--vocab-size", size, "--run", str(run)])
+    assert f"kept as {run}.1" in capsys.readouterr().out
+    assert [tokenizers.load(folder / "tokenizer.json").vocab_size for folder in (run, tmp_path / "run.1")] == [280, 270]
+
+
 def test_texts_and_folders_that_cannot_be_used(tmp_path, capsys):
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "empty.txt").write_text("\n \n")

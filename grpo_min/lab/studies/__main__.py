@@ -35,7 +35,9 @@ def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     names = [argument for argument in argv[:1] if not argument.startswith("-")]
     config = parse(StudyConfig, argv[len(names):])
-    require(names and names[0] in {*STUDIES, "all"}, f"name a study first: {', '.join([*STUDIES, 'all'])}")
+    known = [*STUDIES, "all"]
+    require(names, f"name a study first: {', '.join(known)}")
+    require(names[0] in known, f"no study has the name {names[0]}; name a study first: {', '.join(known)}")
     pick_device(config.device)
     if config.quick:
         config.run = str(Path(config.run) / "quick")

@@ -45,9 +45,9 @@ def train_setting(config, algorithm, label, seed):
     """Train with these settings and look at the validation prompts -> a row of the table."""
     train, config_class, settings = ALGORITHMS[algorithm]
     run = Path(config.run) / f"{algorithm}-{label}-{seed}".replace(" ", "-").lower()
+    steps = config.steps or sized(config, config_class.steps, 2)
     policy, metrics = train_or_reuse(train, config_class(
-        run=str(run), sft=config.sft, seed=seed, device=config.device, steps=config.steps or config_class.steps,
-        **settings[label]))
+        run=str(run), sft=config.sft, seed=seed, device=config.device, steps=steps, **settings[label]))
     figures = evaluate(policy, "arithmetic", validation(config, "arithmetic"))
     return dict(algorithm=algorithm, settings=label, seed=seed, accuracy=figures["accuracy"][0],
                 thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
