@@ -106,7 +106,7 @@ def value_loss(values, old_values, returns, mask, clip):
 def start_critic(config, policy, device):
     """A GPT with a scalar head, from the SFT weights or from the reward model."""
     if config.critic == "reward_model":
-        return load_model(config.reward_model, device, "ScalarGPT", policy.tokenizer)
+        return load_model(config.reward_model, device, "ScalarGPT", policy)
     return policy.with_scalar_head()
 
 

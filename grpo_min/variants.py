@@ -75,8 +75,8 @@ def make_loss(config, clipped=None):
 
     ratio `sequence` is GSPO's (2507.18071, eq. 5 to 7): one ratio for a completion, the
     geometric mean of its tokens'. `cispo` (2506.13585, eq. 4 and 5) weighs log pi with the
-    clipped ratio, without its gradient, so that no token is left out. clipped: a list that
-    is given the shares of tokens below and above the clip.
+    clipped ratio, without its gradient, so that no token is left out. The bounds are those
+    of config. clipped: a list that is given the shares of tokens below and above them.
     """
     low, high = config.clip_eps, config.clip_eps_high or config.clip_eps
 
@@ -108,8 +108,8 @@ def refilled(dropped):
 
     Groups of equal rewards make room for groups of other prompts: all of them in each
     round, until there is none, or REFILLS rounds are over, or every prompt has had its
-    turn; what is still equal then stays. What is drawn depends on seed, step and round
-    alone. dropped: a list that is given how many groups were.
+    turn; what is still equal then stays. What is drawn depends on seed, step, round and
+    rank alone. dropped: a list that is given how many groups were.
     """
     def collect(config, policy, reward, rows, step, clock):
         batch, prompts, rollout, rewards, _ = grpo.collect(

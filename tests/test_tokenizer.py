@@ -349,3 +349,14 @@ def test_the_critic_must_read_what_the_policy_reads(tmp_path):
     config.critic = "reward_model"
     with pytest.raises(UserError, match="other.pt.*tokenizer"):
         ppo.train(config)
+
+
+def test_nor_may_the_critic_s_context_be_shorter(tmp_path):
+    """Its positions would run out before the policy's, and the last ones stand for all that follow."""
+    config = tiny.settings(ppo, tmp_path, steps=1, critic="reward_model")
+    for context in 64, 63:                               # tiny's policy has 64
+        config.reward_model = tiny.checkpoint(tmp_path / f"reward-{context}.pt", ScalarGPT, context=context)
+        if context == 64:
+            ppo.train(config)
+    with pytest.raises(UserError, match="reward-63.pt.*context"):
+        ppo.train(config)

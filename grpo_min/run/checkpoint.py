@@ -35,21 +35,22 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, device="cpu", kind="GPT", tokenizer=None):
-    """The GPT or ScalarGPT (its kind) of a checkpoint; UserError for another tokenizer."""
+def load_model(path, device="cpu", kind="GPT", like=None):
+    """The GPT or ScalarGPT (its kind) of a checkpoint; like: the model it has to read."""
     checkpoint = load_checkpoint(path)
     require(checkpoint["kind"] == kind,
             f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
     try:
         config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
-        own = Tokenizer.from_dict(checkpoint["tokenizer"])
+        tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is not a checkpoint of this version of grpo_min")
-    require(config.vocab_size >= own.vocab_size, f"{path} has a vocabulary of "
-            f"{config.vocab_size}, its tokenizer one of {own.vocab_size}")
-    require(tokenizer is None or tokenizer.to_dict() == own.to_dict(),
-            f"{path} has another tokenizer")
-    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](config, own)
+    require(config.vocab_size >= tokenizer.vocab_size, f"{path} has a vocabulary of "
+            f"{config.vocab_size}, its tokenizer one of {tokenizer.vocab_size}")
+    require(like is None or like.tokenizer.to_dict() == tokenizer.to_dict()
+            and like.config.context <= config.context,
+            f"{path} has another tokenizer, or a shorter context, than the policy")
+    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](config, tokenizer)
     load_weights(model, state, path)
     return model.to(device)
 
