@@ -1,8 +1,9 @@
 """The main job: python -m grpo_min
 
-Pretrain, fine-tune, train a reward model, then GRPO and PPO on both rewards, and compare.
-What need not wait runs side by side, one process to a core. A stage whose result with these
-settings is in the folder already is not run again; an unfinished one is continued.
+Pretrain, fine-tune, train a reward model, then on both rewards GRPO and, after its critic,
+PPO, and compare. What need not wait runs side by side, one process to a core. A stage whose
+result with these settings is in the folder already is not run again; an unfinished one is
+continued.
 """
 import subprocess
 import sys
@@ -90,7 +91,7 @@ def main(argv=None):
     show_answers(sft_model, QUESTIONS[1:3])
 
     with beside_each_other(device) as begin:
-        stage("reward model, and beside it GRPO or PPO on arithmetic")
+        stage("reward model, and beside it a critic and GRPO on arithmetic")
         heldout = str(data / "preferences_heldout.jsonl")
         training = begin(train_or_reuse, reward_model.train, settings(
             reward_model.RewardModelConfig, "reward_model", sft=sft_file, heldout=heldout,
@@ -100,7 +101,7 @@ def main(argv=None):
         reward_model.report(model, heldout, folder / "reward_model")
         show_answers(sft_model, QUESTIONS[2:], learned(model))
 
-        stage("the rest of GRPO and PPO on both rewards")
+        stage("PPO on arithmetic; a critic, GRPO and PPO on the animals")
         runs |= compare.start(comparison("learned"), begin)
         records = compare.finish(comparison("learned"), runs)
 

@@ -1,4 +1,4 @@
-"""A small GPT with GPT-2's architecture, and the same trunk with a scalar head.
+"""A small GPT with GPT-2's architecture, and the same trunk with a head for numbers.
 
 `gpt.plain(ids)` reads texts from position 0, as pretraining does. `gpt(prompts,
 completion_ids)` runs every prompt once, and its G completions attend to copies of its keys
@@ -98,9 +98,9 @@ class GPT(nn.Module):
             elif "norm" not in name:
                 nn.init.normal_(parameter, std=std)
 
-    def with_scalar_head(self):
-        """A copy with a number per state for a head: a critic or reward model to train."""
-        model = ScalarGPT(self.config, self.tokenizer)
+    def with_head(self, kind):
+        """A copy as a ScalarGPT or Critic, whose numbers are 0: to be trained."""
+        model = kind(self.config, self.tokenizer)
         model.trunk.load_state_dict(self.state_dict())
         return model.to(self.tokens.weight.device)
 
@@ -168,7 +168,7 @@ class GPT(nn.Module):
 
 
 class ScalarGPT(nn.Module):
-    """A GPT with one number per state for a head: a critic's value, a reward's score."""
+    """A GPT with one number per state for a head: a reward model, or a plain critic."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import torch
 
-from grpo_min.rewards import load_reward, score
+from grpo_min.critic import Critic, critic_metrics, explainable_variance
+from grpo_min.rewards import correct, load_reward, score
 from grpo_min.rollout import Prompts, frozen_logprobs, sample, split, token_logprobs
 from grpo_min.run import metrics
 from grpo_min.run.checkpoint import load_model
@@ -57,12 +58,13 @@ class PPOConfig:
     kl: str = option("k3", "estimator of the KL (Schulman, 2020)", ["k1", "k2", "k3"])
     kl_in: str = option("loss", "where it is charged (k1 in a reward)", ["loss", "reward"])
     whiten: bool = option(False, "scale the advantages to mean 0 and deviation 1 per batch")
-    critic: str = option("sft", "what the critic starts from", ["sft", "reward_model"])
-    critic_lr: float = option(5e-3, "learning rate of the critic (AdamW)")
-    critic_warmup: int = option(0, "first steps in which only the critic learns")
+    critic: str = option(str(DATA / "checkpoints/critic.pt"), "checkpoint of a critic that "
+                         "grpo_min.critic trained, or sft: the SFT weights, all values 0")
+    critic_lr: float = option(1e-4, "learning rate of the critic (AdamW)")
+    critic_epochs: int = option(1, "the critic's passes over each batch; 0: it stays")
+    critic_minibatches: int = option(4, "the critic's updates per pass")
     gamma: float = option(1.0, "discount per token")
     lam: float = option(0.95, "GAE's lambda: 1 trusts rewards alone, 0 the critic alone")
-    value_coef: float = option(1.0, "weight of the value loss before clipping")
     value_clip: float = option(0.0, "how far values may move per batch; 0: anywhere")
     temperature: float = option(1.0, "sampling temperature; models are read at it, too")
     max_new_tokens: int = option(40, "longest completion, in tokens")
@@ -104,10 +106,9 @@ def value_loss(values, old_values, returns, mask, clip):
 
 
 def start_critic(config, policy, device):
-    """A GPT with a scalar head, from the SFT weights or from the reward model."""
-    if config.critic == "reward_model":
-        return load_model(config.reward_model, device, "ScalarGPT", policy)
-    return policy.with_scalar_head()
+    """The critic of a checkpoint, or one from the SFT weights whose values are 0."""
+    return (policy.with_head(Critic) if config.critic == "sft" else
+            load_model(config.critic, device, Critic, like=policy))
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty=0.0):
@@ -141,7 +142,10 @@ def check(config):
     require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "lr",
                      "minibatches", "max_grad_norm", "clip_eps", "temperature",
                      "max_new_tokens")
-    require_positive(config, "critic_lr", "value_coef")
+    require_positive(config, "critic_lr", "critic_minibatches")
+    require(config.critic_epochs >= 0, "--critic-epochs must be at least 0")
+    require(config.prompts_per_step % (config.critic_minibatches * RANKS) == 0,
+            "--critic-minibatches must divide the prompts of a step (and rank)")
     require(0 <= config.gamma <= 1 and 0 <= config.lam <= 1,
             "--gamma and --lam must be from 0 to 1")
     require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
@@ -187,10 +191,12 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
     reward, rows, files = load_reward(config, reward, policy, device)
     inputs = files if model is not None else [config.sft, *files]
     parts = dict(policy=policy, optimizer=optimizer)
+    require(reward is correct or config.critic != PPOConfig.critic, "the default critic "
+            "knows arithmetic alone: train one by grpo_min.critic, or say --critic sft")
     critic = start_critic(config, policy, device)
     critic_optimizer = optimizer_for(critic, config.critic_lr)
     parts.update(critic=critic, critic_optimizer=critic_optimizer)
-    inputs = [*inputs, config.reward_model] if config.critic == "reward_model" else inputs
+    inputs = inputs if config.critic == "sft" else [*inputs, config.critic]
     with Run(config, inputs, parts) as run:
         for step in range(run.first_step, config.steps):
             clock = metrics.Clock(device)
@@ -213,6 +219,9 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
             with torch.no_grad():
                 old_values = critic.values(prompts, rollout.completion_ids, rollout.mask)
             clock.lap("critic")
+            explainable = "" if (step + 1) % 20 else explainable_variance(
+                config, policy, reward, batch, prompts, rollout, rewards, step)
+            clock.lap("ruler")
             # --- 5. the advantage is how much better it went than the critic expected
             charged = rollout.at_last_token(rewards) - charge  # (B, N)
             advantages, returns = advantage(charged, old_values, rollout.mask, config.gamma,
@@ -232,29 +241,28 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
                         penalty = config.beta * kl(logprobs, ref_logprobs[b], config.kl)
                     objective = loss(logprobs, old, advantages[b], mask, config.clip_eps,
                                      penalty)
-                    norm = (update(run, policy, optimizer, objective, config.max_grad_norm)
-                            if step >= config.critic_warmup else 0.0)
-                    clock.lap("update")
-                    values = critic.values(*part)  # (b, N)
-                    error = config.value_coef * value_loss(
-                        values, old_values[b], returns[b], mask, config.value_clip)
-                    update(run, critic, critic_optimizer, error, config.max_grad_norm)
-                    clock.lap("critic")
+                    norm = update(run, policy, optimizer, objective, config.max_grad_norm)
                     updates.append(metrics.update_metrics(
                         objective, norm, logprobs, old, rollout.logprobs[b], entropy, mask,
                         config.clip_eps))
                     clock.lap("update")
+            # The critic's updates are its own: it has more to learn than the policy.
+            for _ in range(config.critic_epochs):
+                for part, b in split(prompts, rollout, config.critic_minibatches):
+                    error = value_loss(critic.values(*part), old_values[b], returns[b],
+                                       rollout.mask[b], config.value_clip)
+                    update(run, critic, critic_optimizer, error, config.max_grad_norm)
+            clock.lap("critic")
 
             # --- 7. repeat
             row = metrics.rollout_metrics(rewards, texts, batch, rollout, config.group_size,
                                           ref_logprobs)
             row.update(metrics.average(updates))
             row.update(evaluate(policy, step) if evaluate else {})
-            actual, _ = gae(charged, 0 * old_values, rollout.mask, config.gamma, 1.0)
-            row["explained_variance"] = metrics.explained_variance(
-                old_values, actual, rollout.mask)
             samples = metrics.shown_samples(texts, rewards, advantages, batch, rollout,
                                             config.group_size, policy.tokenizer, old_values)
+            actual, _ = gae(charged, 0 * old_values, rollout.mask, config.gamma, 1.0)
+            row.update(critic_metrics(old_values, actual, rollout.mask, explainable))
             metrics.record(run, step, row, clock, samples)
     return policy, run.rows
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from grpo_min.evaluate import agreement, interval
 from grpo_min.gold import ATTRIBUTES, FACTS, gold_score
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, pad_completions, require_fit
 from grpo_min.run.checkpoint import load_model
@@ -98,7 +99,7 @@ def train(config):
         print(f"note: {config.steps} updates see each of only {len(rows)} choices "
               f"{passes:.0f} times and learn them by heart, whatever the loss says: make "
               "more choices or fewer --steps, and see --holdout")
-    model = sft.with_scalar_head()
+    model = sft.with_head(ScalarGPT)
 
     def loss_at(step):
         batch = [rows[i] for i in batch_rows(len(rows), batch_size, config.seed, step)]

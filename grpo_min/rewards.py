@@ -8,6 +8,7 @@ import re
 
 import torch
 
+from grpo_min.model import ScalarGPT
 from grpo_min.rollout import Prompts, pad, require_fit
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import require
@@ -92,7 +93,7 @@ def load_reward(config, reward, policy, device):
         reward, unit = reward or own_reward, "prompt"
         rows = prompts("train", at_least=at_least)
     elif reward is None and config.reward == "learned":
-        reward = learned(load_model(config.reward_model, device, "ScalarGPT"))
+        reward = learned(load_model(config.reward_model, device, ScalarGPT))
         files.append(config.reward_model)
     elif reward is None:
         reward = RULES[config.reward]

@@ -4,6 +4,7 @@ Without --prompt it reads questions line by line.
 """
 from dataclasses import dataclass
 
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, sample
 from grpo_min.run.checkpoint import load_model
@@ -53,7 +54,7 @@ def main(argv=None):
     device = pick_device(config.device)
     policy, reward = load_model(config.checkpoint, device), None
     if config.reward_model:
-        reward = learned(load_model(config.reward_model, device, "ScalarGPT"))
+        reward = learned(load_model(config.reward_model, device, ScalarGPT))
 
     def answer(text):
         texts, finished = ask(policy, text, config.answers, config.temperature,

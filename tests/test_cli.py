@@ -22,10 +22,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from grpo_min import bpe, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min import bpe, critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min.critic import Critic
 from grpo_min.lab import compare
 from grpo_min.lab.processes import in_own_process
-from grpo_min.model import ScalarGPT
+from grpo_min.model import GPT, ScalarGPT
 from grpo_min.run import log
 from grpo_min.run.checkpoint import load_checkpoint, load_model
 from grpo_min.run.config import UserError, parse, run_command
@@ -66,6 +67,10 @@ def arguments(command, folder, **more):
         options.update(sft=folder / "sft.pt", prompts=folder / "prompts.jsonl", prompts_per_step=4, group_size=3,
                        max_new_tokens=6)
         tiny.prompts(folder / "prompts.jsonl")
+        options |= dict(critic="sft", critic_minibatches=1) if command is ppo else {}
+    elif command is critic:
+        options.update(sft=folder / "sft.pt", prompts=tiny.prompts(folder / "prompts.jsonl"), prompts_per_step=4,
+                       max_new_tokens=6)
     elif command is pretrain:
         options.update(text=tiny.text_file(folder / "text.txt"), layers=1, heads=2, width=16, context=16)
     elif command is sft:
@@ -117,7 +122,7 @@ def works(command, folder, *words, **options):
 # --- help ---------------------------------------------------------------------------------------------------------
 
 def test_the_commands_are_all_found():
-    core = "tokenizer pretrain sft reward_model grpo ppo variants evaluate sample".split()
+    core = "tokenizer pretrain sft reward_model critic grpo ppo variants evaluate sample".split()
     lab = "compare studies page benchmark label publish".split()
     assert set(COMMANDS) == {"grpo_min", *(f"grpo_min.{name}" for name in core),
                              *(f"grpo_min.lab.{name}" for name in lab)}
@@ -405,7 +410,7 @@ def test_this_code_would_run_where_it_is_let(tmp_path):
 
 
 @pytest.mark.parametrize("command, options", [
-    (grpo, dict(reward="learned")), (ppo, dict(reward="learned")), (ppo, dict(critic="reward_model")),
+    (grpo, dict(reward="learned")), (ppo, dict(reward="learned")), (critic, dict(reward="learned")),
     (compare, dict(rewards="learned")), (sample, dict(prompt="hello")),
 ], ids=["grpo", "ppo", "critic", "compare", "sample"])
 def test_reward_model_that_cannot_be_used(command, options, refused, tmp_path):
@@ -459,8 +464,10 @@ NO_NUMBERS = [    # (commands, option, values that make no sense)
     (RL, "beta", [-1, "nan"]), (RL, "max_grad_norm", [0, -1]),
     (RL, "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
     ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]),
-    ((pretrain, sft, reward_model), "steps", [0, -1]), ((pretrain, sft, reward_model), "batch_size", [0, -4]),
-    ((pretrain, sft, reward_model), "lr", [0, -1, "nan"]), ((pretrain, sft, reward_model), "warmup", [0, -1]),
+    ((pretrain, sft, reward_model, critic), "steps", [0, -1]), ((pretrain, sft, reward_model), "batch_size", [0, -4]),
+    ((pretrain, sft, reward_model, critic), "lr", [0, -1, "nan"]),
+    ((pretrain, sft, reward_model, critic), "warmup", [0, -1]), ((critic,), "batches", [0, -1]),
+    ((critic,), "weight_decay", [-1, "nan"]), ((ppo,), "critic_epochs", [-1]), ((ppo,), "critic_minibatches", [0, 3]),
     ((pretrain,), "heads", [0, -2, 3]), ((pretrain,), "width", [0, -16]), ((pretrain,), "layers", [0, -1]),
     ((pretrain,), "context", [0, -1]), ((sample,), "answers", [0, -1]), ((sample,), "temperature", [-1, "nan"]),
     ((sample,), "max_new_tokens", [0, -1]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
@@ -515,7 +522,7 @@ def test_a_context_that_is_too_short_to_evaluate(domain, refused, tmp_path):
 # --- divergence ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [6, 1])
-@pytest.mark.parametrize("command", [grpo, ppo, variants, sft, pretrain, reward_model])
+@pytest.mark.parametrize("command", [grpo, ppo, variants, sft, pretrain, reward_model, critic])
 def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(log, "SAVE_EVERY", 0)
     more = dict(warmup=1)
@@ -528,7 +535,7 @@ def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, cap
     assert "learning rate" in error
     checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
-    load_model(tmp_path / "run/checkpoint.pt", kind="ScalarGPT" if command is reward_model else "GPT")
+    load_model(tmp_path / "run/checkpoint.pt", kind={reward_model: ScalarGPT, critic: Critic}.get(command, GPT))
 
 
 # --- run folders --------------------------------------------------------------------------------------------------
@@ -561,7 +568,7 @@ def test_going_on_with_other_settings_is_refused(begun, refused, tmp_path):
 
 
 @pytest.mark.parametrize("command, use", [(grpo, "reward=learned"), (ppo, "reward=learned"),
-                                          (ppo, "critic=reward_model")])
+                                          (critic, "reward=learned")])
 def test_going_on_from_another_model_is_refused(command, use, refused, tmp_path):
     # Both files have the same name, as in the folders of a main job, and each in turn is another one than before.
     (tmp_path / "stage3").mkdir()

@@ -21,6 +21,7 @@ from grpo_min import reward_model
 from grpo_min.evaluate import agreement, wilson
 from grpo_min.lab import label
 from grpo_min.lab.label import least_sure, on_screen, read_choices, sample_pairs, schedule
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.run import files
 from grpo_min.run.checkpoint import load_model
@@ -287,7 +288,7 @@ def test_the_seed_decides_what_is_shown(sit, tmp_path):
 def test_unsure_shows_the_smallest_margins_of_the_pool(sit, tmp_path, watch):
     path, sampled = tiny.reward_checkpoint(tmp_path / "r.pt"), watch(label, "sample_pairs")
     views, _ = sit("ssss", pick="unsure", reward_model=path, pool=5, pairs=4)
-    (_, pool), reward = sampled[0], learned(load_model(path, kind="ScalarGPT"))
+    (_, pool), reward = sampled[0], learned(load_model(path, kind=ScalarGPT))
     margins = sorted((abs(reward([p], [a])[0] - reward([p], [b])[0]), p, on_screen(a), on_screen(b))
                      for p, a, b in pool)
     assert len(pool) == 20 and margins[-1][0] > margins[4][0] + 1e-3

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grpo_min import grpo, ppo, pretrain, reward_model, sft
+from grpo_min.critic import Critic
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, Rollout, pad_completions, token_logprobs
@@ -74,9 +75,9 @@ def test_critic_learns_what_to_expect(tmp_path):
     # Every completion is worth 1, and the policy stands still: the value of every state is 1.
     config = settings(ppo, tmp_path, run=str(tmp_path / "run"), steps=60, beta=0.0, critic_lr=1e-2)
     ppo.train(config, reward=constant, advantage=standing_still)
-    critic = ScalarGPT(tiny.gpt().config)
+    critic, ids = Critic(tiny.gpt().config), torch.full((12, 3), 300)
     critic.load_state_dict(load_checkpoint(tmp_path / "run/checkpoint.pt")["critic"])
-    values = critic(Prompts.from_texts(tiny.PROMPTS, TOKENIZER), torch.full((12, 3), 300))
+    values = critic.values(Prompts.from_texts(tiny.PROMPTS, TOKENIZER), ids, ids > 0)
     assert values.mean().item() == pytest.approx(1, abs=0.1) and values.std() < 0.2
 
 
@@ -312,26 +313,26 @@ def test_critic_gets_a_gradient_everywhere(tmp_path):
     assert (critic["scalar.weight"] != 0).all() and critic["scalar.bias"] != 0
 
 
-def test_warmup_trains_the_critic_alone(tmp_path):
-    policy, critic, start = trained_critic(tmp_path, steps=2, critic_warmup=2)
-    assert tiny.same(policy, start) and not torch.equal(critic["scalar.weight"], torch.zeros(1, 16))
-    policy, _, _ = trained_critic(tmp_path, steps=3, critic_warmup=2)
-    assert not tiny.same(policy, start)
+def test_with_no_epochs_the_critic_stays_as_it_is(tmp_path):
+    path = tiny.critic_checkpoint(tmp_path / "critic.pt")
+    policy, critic, start = trained_critic(tmp_path, critic=path, critic_epochs=0)
+    assert tiny.same(critic, load_checkpoint(path)["model"]) and not tiny.same(policy, start)
 
 
-@pytest.mark.parametrize("start", ["sft", "reward_model"])
+@pytest.mark.parametrize("start", ["sft", "checkpoint"])
 def test_critic_starts_from(start, tmp_path, monkeypatch):
-    path, seen, values = tiny.reward_checkpoint(tmp_path / "reward_model.pt"), recorded_rollouts(ppo, monkeypatch), []
+    path, seen, values = tiny.critic_checkpoint(tmp_path / "critic.pt"), recorded_rollouts(ppo, monkeypatch), []
 
     def advantage(rewards, old_values, *rest):
         values.append(old_values)
         return ppo.gae(rewards, old_values, *rest)
 
-    ppo.train(settings(ppo, tmp_path, steps=1, critic=start, reward_model=path), reward=letter_e, advantage=advantage)
+    config = settings(ppo, tmp_path, steps=1, critic=path if start == "checkpoint" else start)
+    ppo.train(config, reward=letter_e, advantage=advantage)
     (prompts, rollout), = seen
-    expected = load_model(path, kind="ScalarGPT")(prompts, rollout.completion_ids, rollout.mask)[:, :-1]
+    expected = load_model(path, kind=Critic).values(prompts, rollout.completion_ids, rollout.mask)
     values, expected = values[0][rollout.mask], expected[rollout.mask]
-    assert torch.allclose(values, expected if start == "reward_model" else 0 * expected, atol=1e-6)
+    assert torch.allclose(values, expected if start == "checkpoint" else 0 * expected, atol=1e-6)
     assert expected.std() > 0.1
 
 
@@ -526,7 +527,7 @@ def test_evaluate_may_measure_only_now_and_then(loop, tmp_path):
 
 def test_scores_of_a_reward_model_do_not_depend_on_the_batch(tmp_path):
     # One prompt and one completion nearly fill the context of 64, though not those of the same row.
-    reward = learned(load_model(tiny.reward_checkpoint(tmp_path / "reward_model.pt"), kind="ScalarGPT"))
+    reward = learned(load_model(tiny.reward_checkpoint(tmp_path / "reward_model.pt"), kind=ScalarGPT))
     prompts, completions = ["a cow " * 25, "hello"], ["hello", "a cow " * 25]
     alone = [reward([prompt], [text])[0] for prompt, text in zip(prompts, completions)]
     assert reward(prompts, completions) == pytest.approx(alone, abs=1e-5)

@@ -83,10 +83,11 @@ def test_the_comparison_hands_its_settings_to_the_loops(tmp_path, monkeypatch):
     config = compare.CompareConfig(run=str(tmp_path), data="elsewhere", max_new_tokens=56, lr_factor=0.5)
     for name in "GRPO", "PPO":
         with pytest.raises(KeyError):
-            compare.one_run(config, name, "learned", 1)
+            compare.one_run(config, name, "learned", 1, dict(checkpoint="c.pt") if name == "PPO" else None)
         settings = asked[-1]
         assert (settings.prompts, settings.max_new_tokens) == (str(Path("elsewhere/animals_train.jsonl")), 56)
-        assert settings.lr == 3e-4 and getattr(settings, "critic_lr", 2.5e-3) == 2.5e-3
+        assert settings.lr == 3e-4 and getattr(settings, "critic_lr", 5e-5) == 5e-5
+        assert getattr(settings, "critic", "c.pt") == "c.pt"
 
 
 def test_chains_of_other_lengths_are_asked_for(data):

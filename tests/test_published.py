@@ -26,6 +26,7 @@ def test_committed_weights_are_small_and_score_as_recorded():
     assert abs(measured["base_loss"] - recorded["base_loss"]) < 0.01
     assert abs(measured["sft_accuracy"] - recorded["sft_accuracy"]) < 0.02
     assert abs(measured["reward_model_accuracy"] - recorded["reward_model_accuracy"]) < 0.01
+    assert abs(measured["critic_explained"] - recorded["critic_explained"]) < 0.03
     for _, name, kind in publish.CHECKPOINTS:
         path = DATA / "checkpoints" / f"{name}.pt"
         assert path.stat().st_size < 2_000_000

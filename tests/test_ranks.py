@@ -53,8 +53,7 @@ def first_gradients(folder):
     grpo.sample = ppo.sample = fixed_completions
     configs = {
         grpo: tiny.settings(grpo, folder, steps=1, beta=0.0),
-        ppo: tiny.settings(ppo, folder, steps=1, critic="reward_model",
-                           reward_model=tiny.reward_checkpoint(folder / "reward_model.pt")),
+        ppo: tiny.settings(ppo, folder, steps=1, critic=tiny.critic_checkpoint(folder / "critic.pt")),
         sft: sft.SFTConfig(run="", base=tiny.checkpoint(folder / "base.pt"), steps=1, batch_size=4, warmup=1,
                            demonstrations=tiny.demonstrations(folder / "sft.jsonl"), device="cpu"),
         pretrain: pretrain.PretrainConfig(run="", text=tiny.text_file(folder / "text.txt"), steps=1, layers=1, heads=2,

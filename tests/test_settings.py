@@ -11,6 +11,7 @@ import torch
 
 from grpo_min import grpo, ppo
 from grpo_min.grpo import kl_estimate
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned, load_reward
 from grpo_min.rollout import require_fit, token_logprobs
 from grpo_min.run import cores, log, metrics
@@ -49,7 +50,7 @@ def test_one_thread_where_others_use_the_cores(cpu, preempted, left, tmp_path, m
 def test_each_model_has_its_own_learning_rate_and_no_weight_decay(loop, tmp_path, watch):
     calls = watch(loop, "optimizer_for")
     loop.train(settings(loop, tmp_path, steps=1, lr=0.011, **(dict(critic_lr=0.022) if loop is ppo else {})))
-    expected = [("GPT", 0.011), ("ScalarGPT", 0.022)][:1 if loop is grpo else 2]
+    expected = [("GPT", 0.011), ("Critic", 0.022)][:1 if loop is grpo else 2]
     assert [(type(model).__name__, *rest) for (model, *rest), _ in calls] == expected
     for (_, (_, lr)), (_, optimizer) in zip(zip(calls, expected), calls):
         assert all(group["lr"] == lr and group["weight_decay"] == 0 for group in optimizer.param_groups)
@@ -58,8 +59,11 @@ def test_each_model_has_its_own_learning_rate_and_no_weight_decay(loop, tmp_path
 @LOOPS
 def test_gradients_are_clipped_to_the_norm_that_is_set(loop, tmp_path, watch):
     calls = watch(loop, "update")
-    loop.train(settings(loop, tmp_path, steps=1, max_grad_norm=0.37, minibatches=2, epochs=2), reward=letter_e)
-    assert [arguments[4] for arguments, _ in calls] == [0.37] * (4 if loop is grpo else 8)
+    more = dict(critic_epochs=3, critic_minibatches=2) if loop is ppo else {}
+    loop.train(settings(loop, tmp_path, steps=1, max_grad_norm=0.37, minibatches=2, epochs=2, **more), reward=letter_e)
+    assert [arguments[4] for arguments, _ in calls] == [0.37] * (4 if loop is grpo else 10)
+    models = [type(arguments[1]).__name__ for arguments, _ in calls]
+    assert models == ["GPT"] * 4 + ["Critic"] * (6 if loop is ppo else 0), "first the policy, then the critic"
 
 
 @LOOPS
@@ -94,9 +98,8 @@ def test_value_loss_gets_its_settings(tmp_path, watch):
     def advantage(*arguments):
         advantages.append((arguments, ppo.gae(*arguments)))
         return advantages[-1][1]
-    config = settings(ppo, tmp_path, steps=1, minibatches=2, epochs=2, value_clip=0.05, value_coef=3.0, gamma=0.8,
-                      lam=0.1, whiten=True, critic="reward_model",
-                      reward_model=tiny.reward_checkpoint(tmp_path / "reward_model.pt"))
+    config = settings(ppo, tmp_path, steps=1, critic_minibatches=2, critic_epochs=2, value_clip=0.05, gamma=0.8,
+                      lam=0.1, whiten=True, critic=tiny.critic_checkpoint(tmp_path / "critic.pt"))
     ppo.train(config, reward=letter_e, advantage=advantage)
     ((_, old_values, _, *rest), (_, returns)), = advantages
     assert rest == [0.8, 0.1] and len(losses) == 4
@@ -104,14 +107,15 @@ def test_value_loss_gets_its_settings(tmp_path, watch):
         rows = slice(6 * (i % 2), 6 * (i % 2) + 6)
         assert clip == 0.05 and torch.equal(old, old_values[rows]) and torch.equal(target, returns[rows])
         assert (values - old).abs().max() < 1e-6 if i == 0 else (values - old).abs().max() > 1e-4
-    critics = [loss for (_, model, _, loss, _), _ in updates if type(model).__name__ == "ScalarGPT"]
-    assert [loss.item() for loss in critics] == pytest.approx([3 * error.item() for _, error in losses])
+    critics = [loss for (_, model, _, loss, _), _ in updates if type(model).__name__ == "Critic"]
+    assert [loss.item() for loss in critics] == pytest.approx([error.item() for _, error in losses])
 
 
 def test_critic_starts_as_a_copy_of_the_policy(tmp_path):
     policy = tiny.gpt()
-    critic = ppo.start_critic(ppo.PPOConfig(), policy, torch.device("cpu"))
+    critic = ppo.start_critic(ppo.PPOConfig(critic="sft"), policy, torch.device("cpu"))
     assert critic.tokenizer is policy.tokenizer and (critic.scalar.weight == 0).all()
+    assert (critic.gain.weight == 0).all() and (critic.gain.bias == 0).all()
     assert tiny.same(critic.trunk.state_dict(), policy.state_dict())
     assert critic.trunk.tokens.weight.data_ptr() != policy.tokens.weight.data_ptr()
 
@@ -220,7 +224,8 @@ def test_explained_variance_counts_what_is_charged_in_the_reward(tmp_path, watch
 # --- warnings -----------------------------------------------------------------------------------------------------
 
 TROUBLE = dict(equal_groups=(0.5, 0.95), truncated=(0.1, 0.5), kl=(5.0, 50.0), entropy=(0.5, 0.001), gap=(1e-6, 0.1),
-               clip_high=(0.1, 0.5), explained_variance=(0.2, -1.0))       # a healthy value, and a sick one
+               clip_high=(0.1, 0.5),
+               explained_variance=(0.2, -1.0), critic_share=(0.5, 0.05))       # a healthy value, and a sick one
 
 
 class FakeRun:
@@ -266,7 +271,7 @@ def test_learned_reward_reads_the_training_prompts_and_its_model(tmp_path):
     config = grpo.GRPOConfig(reward="learned", reward_model=path)
     reward, _, files = load_reward(config, None, tiny.gpt(context=80), torch.device("cpu"))
     assert files[0].endswith("/animals_train.jsonl") and files[1] == path
-    model = load_model(path, kind="ScalarGPT")
+    model = load_model(path, kind=ScalarGPT)
     with torch.no_grad():
         model.scalar.bias += 1000                                                       # a score is not bounded
     assert learned(model)(["a"], ["b"])[0] == pytest.approx(reward(["a"], ["b"])[0] + 1000, abs=1e-2)

@@ -73,13 +73,13 @@ def test_reward_model_loss_by_hand(loss_of, tmp_path, monkeypatch):
     path, sft_path = tiny.preferences(tmp_path / "pairs.jsonl"), tiny.checkpoint(tmp_path / "sft.pt", seed=4)
     config = reward_model.RewardModelConfig(sft=sft_path, preferences=path, batch_size=5, seed=2, weight_decay=0.25,
                                             device="cpu")
-    with_scalar_head = GPT.with_scalar_head
+    with_head = GPT.with_head
 
-    def with_a_head_that_is_not_zero(gpt):
-        model = with_scalar_head(gpt)
+    def with_a_head_that_is_not_zero(gpt, kind):
+        model = with_head(gpt, kind)
         torch.nn.init.normal_(model.scalar.weight)
         return model
-    monkeypatch.setattr(GPT, "with_scalar_head", with_a_head_that_is_not_zero)
+    monkeypatch.setattr(GPT, "with_head", with_a_head_that_is_not_zero)
     loss, metrics, model, rest = loss_of(reward_model, config)
     assert tiny.same(model.trunk.state_dict(), load_model(sft_path).state_dict()) and rest == (0.25,)
 

@@ -2,6 +2,7 @@
 run once, the tables and files hold what the runs reached, and nothing is trained twice.
 """
 import csv
+import json
 import re
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 
 from grpo_min import grpo, ppo, sft, variants
 from grpo_min.lab.report import state_bytes
-from grpo_min.lab.studies import (__main__ as command, baselines, common, critic, group_size, is_rl_needed, kl,
+from grpo_min.lab.studies import (__main__ as command, baselines, common, credit, critic, group_size, is_rl_needed, kl,
                                   learning, length, noise, overoptimisation, recipes, tuning)
 from grpo_min.lab.studies.common import StudyConfig
 from grpo_min.rewards import correct
@@ -28,6 +29,7 @@ TABLES = [(name, {part: ("setting", "{}")}, learning.NUMBERS) for name, part in 
     ("length", "aggregation")]]
 TABLES += [(module.__name__.rpartition(".")[2], module.LABELS, module.NUMBERS)
            for module in (critic, is_rl_needed, kl, noise, overoptimisation, tuning)]
+TABLES += [("critic-training", critic.TRAININGS, critic.LEARNED)]
 
 
 # --- the command --------------------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ def test_help_lists_every_study(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     listed = re.findall(r"^ {4}(\w+)  +\w", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
-    assert listed == [*list(command.STUDIES)[:-1], "all", "threads"] and len(listed) == 15
+    assert listed == [*list(command.STUDIES)[:-1], "all", "threads"] and len(listed) == 16
 
 
 @pytest.mark.parametrize("words", [[], ["--quick"], ["publish"], ["Tuning"]])
@@ -61,7 +63,7 @@ def test_all_studies_one_after_the_other(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "study", lambda config, name=name: names.append(name))
     words = ["all", "--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command.main(words)
-    assert names == [name for name in command.STUDIES if name not in ("tuning", "threads")] and len(names) == 12
+    assert names == [name for name in command.STUDIES if name not in ("tuning", "threads")] and len(names) == 13
     text = (tmp_path / "out/minutes.md").read_text()
     assert all(f"| {name} | 0.0 |" in text for name in [*names, "**all**"])
     (tmp_path / "out/minutes.md").unlink()
@@ -102,8 +104,8 @@ def test_a_committed_table_is_that_of_the_committed_runs(name, labels, numbers):
     rows = []
     for row in csv.DictReader((common.RESULTS / f"{name}.csv").read_text().splitlines()):
         rows.append({key: cell(text) for key, text in row.items()})
-    text = (common.RESULTS / f"{name}.md").read_text()
-    assert text.startswith("\n".join(common.seed_table(labels, numbers, rows)) + "\n\n")
+    text = (common.RESULTS / f"{name.removesuffix('-training')}.md").read_text()
+    assert "\n".join(common.seed_table(labels, numbers, rows)) + "\n\n" in text
 
 
 def test_settings_are_told_apart_where_all_seeds_agree():
@@ -148,12 +150,18 @@ def test_a_study_writes_what_its_runs_reached(tmp_path, run_study):
 
 
 def test_tuning_to_the_end(tmp_path, run_study):
-    rows, _, text = run_study("tuning", steps=1, eval_prompts=3, sft=tiny.checkpoint(tmp_path / "sft.pt", context=128))
-    assert [(row["algorithm"], row["settings"]) for row in rows] == [
-        (name, label) for name in ("GRPO", "PPO") for label in ("defaults", "lr 0.0001")]
-    assert "| PPO | lr 0.0001 |" in text and [row["explained_variance_end"] == "" for row in rows[:2]] == [True] * 2
-    for config_class, settings in [(grpo.GRPOConfig, tuning.GRPO_SETTINGS), (ppo.PPOConfig, tuning.PPO_SETTINGS)]:
-        assert len({str(config_class(**changes)) for changes in settings.values()}) == len(settings)
+    options = dict(sft=tiny.checkpoint(tmp_path / "sft.pt", context=128),
+                   reward_model=tiny.reward_checkpoint(tmp_path / "reward_model.pt"))
+    rows, _, text = run_study("tuning", steps=1, eval_prompts=3, **options)
+    assert [(row["task"], row["algorithm"], row["settings"]) for row in rows] == [
+        (task, name, label) for task in ("arithmetic", "animals") for name in ("GRPO", "PPO")
+        for label in ("defaults", "lr / 3")]
+    assert [row["explained_variance"] == "" for row in rows if row["task"] == "animals"] == [True, True, False, False]
+    assert float(rows[1]["lr"]) == pytest.approx(1e-4) and float(rows[6]["lr"]) == pytest.approx(6e-4)
+    assert len(list((tmp_path / "runs/quick").glob("critic-*/checkpoint.pt"))) == 2
+    configs = {"GRPO": grpo.GRPOConfig, "PPO": ppo.PPOConfig}
+    for (_, name), settings in tuning.SETTINGS.items():
+        assert len({str(configs[name](**changes)) for changes in settings.values()}) == len(settings)
 
 
 # --- filtered SFT -------------------------------------------------------------------------------------------------
@@ -222,37 +230,92 @@ def test_a_shared_trunk_is_the_policy_itself_and_the_value_loss_moves_it(tmp_pat
     def start_critic(*arguments):
         critics.append(critic.shared_trunk(*arguments))
         return critics[-1]
-    settings = tiny.settings(ppo, tmp_path, steps=2, beta=0.0, critic_warmup=9, run=str(tmp_path / "run"))
-    policy, _ = ppo.train(settings, reward=tiny.letter_e, start_critic=start_critic)
+    def loss(logprobs, *arguments):
+        return (0 * logprobs).sum()
+    settings = tiny.settings(ppo, tmp_path, steps=2, beta=0.0, run=str(tmp_path / "run"))
+    policy, _ = ppo.train(settings, reward=tiny.letter_e, loss=loss, start_critic=start_critic)
     assert critics[0].trunk is policy and (critics[0].scalar.weight != 0).any()
     before = load_model(settings.sft)
-    assert not torch.equal(policy.tokens.weight, before.tokens.weight), "in the warm-up, the value loss alone moves it"
+    assert not torch.equal(policy.tokens.weight, before.tokens.weight), "the value loss alone moves it"
     saved = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert torch.equal(saved["critic"]["trunk.tokens.weight"], saved["model"]["tokens.weight"])
 
 
+def test_a_head_alone_learns_and_leaves_the_trunk_to_the_policy(tmp_path):
+    critics = []
+
+    def start_critic(*arguments):
+        critics.append(critic.head_alone(*arguments))
+        return critics[-1]
+
+    def loss(logprobs, *arguments):
+        return (0 * logprobs).sum()
+    settings = tiny.settings(ppo, tmp_path, steps=2, beta=0.0, critic_lr=1e-2)
+    policy, _ = ppo.train(settings, reward=tiny.letter_e, loss=loss, start_critic=start_critic)
+    assert critics[0].trunk is policy and (critics[0].gain.weight != 0).any()
+    assert tiny.same(policy.state_dict(), load_model(settings.sft).state_dict())
+    assert all(parameter.requires_grad for parameter in policy.parameters())
+
+
 def test_the_memory_of_a_shared_trunk():
     policy, config = tiny.gpt(), ppo.PPOConfig()
-    trunk, head = 4 * sum(p.numel() for p in policy.parameters()), 4 * (16 + 1)
-    assert critic.model_state(policy, config, "separate") == sum(state_bytes(policy, config).values())
+    trunk, head = 4 * sum(p.numel() for p in policy.parameters()), 4 * (16 + 1 + 16 * 16 + 16)
+    assert critic.model_state(policy, config, critic.TRAINED) == sum(state_bytes(policy, config).values())
     # policy, reference and gradient; head and gradient; two optimizers with two moments of the trunk each
     shared = 3 * trunk + 2 * head + 4 * trunk + 2 * head
-    assert critic.model_state(policy, config, critic.SHARED_TRUNK) == shared
-
-
-def test_correlation():
-    assert critic.correlation([(x, 2 * x + 1) for x in range(8)]) == pytest.approx([1, 1, 1])
-    pairs = np.random.default_rng(0).standard_normal((40, 2))
-    value, low, high = critic.correlation(pairs)
-    assert value == pytest.approx(np.corrcoef(pairs.T)[0, 1]) and low < 0 < high
+    assert critic.model_state(policy, config, "shared trunk, critic_lr 1e-05") == shared
+    assert critic.model_state(policy, config, critic.HEAD_ALONE) == shared - 2 * trunk
 
 
 def test_critic_to_the_end(run_study):
     rows, curves, text = run_study("critic", again=True, steps=2)
-    assert [row["setting"] for row in rows] == [critic.SEPARATE, critic.NO_CRITIC, critic.SHARED_TRUNK]
-    assert [row["ev_mean"] == "" for row in rows] == [False, True, False] and "over the 2 runs with a critic" in text
+    assert [row["setting"] for row in rows] == [critic.FRESH, critic.NO_CRITIC, "shared trunk, critic_lr 0.0001"]
+    assert [row["ev_mean"] == "" for row in rows] == [False, True, False]
     assert float(rows[1]["megabytes"]) < float(rows[2]["megabytes"]) < float(rows[0]["megabytes"])
-    assert len(curves) == 3 * 2
+    assert len(curves) == 3 * 2 and all(f"| arithmetic | {head} | 4 |" in text for head in list(critic.HEADS)[1:3])
+
+
+# --- credit -------------------------------------------------------------------------------------------------------
+
+def test_the_reward_of_the_digits():
+    right = [["1", "2"], ["1", "2"], ["1", "2"], ["1", "2"]]
+    texts, seen = [" 1 2", " 1 3", " 1", " 1 2 2"], []
+    assert credit.reward_of((2, "share", 0), 1, seen)([], texts, right) == [1, 0.5, 0, 0] and seen == [0.375]
+    assert credit.reward_of((2, "all", 0), 1)([], texts, right) == [1, 0, 0, 0]
+    many = credit.reward_of((2, "share", 3), 1, seen)([], texts * 1000, right * 1000)
+    noise = np.array(many) - [1, 0.5, 0, 0] * 1000
+    assert seen == [0.375, 0.375], "the rewards without noise"
+    assert abs(noise.mean()) < 0.06 and noise.std() == pytest.approx(3 * (0.55 * 0.45 / 2) ** 0.5, rel=0.05)
+
+
+def test_demonstrations_are_right_in_55_percent_of_the_positions(tmp_path):
+    config = StudyConfig(run=str(tmp_path))
+    rows = read_jsonl(credit.demonstrations_file(config, 4), ["prompt", "response"])
+    shares = []
+    for row in rows:
+        right = [str((int(digit) + 1) % 10) for digit in row["prompt"].split()[2:]]
+        shares.append(credit.right_share(row["response"], right))
+    assert len(rows) == 8000 and np.mean(shares) == pytest.approx(0.55, abs=0.01)
+    for line in credit.prompts_file(config, 4).read_text().splitlines():
+        row = json.loads(line)
+        assert row["right"] == [str((int(digit) + 1) % 10) for digit in row["prompt"].split()[2:]]
+
+
+def test_credit_to_the_end(run_study):
+    rows, _, text = run_study("credit", again=True, steps=2)
+    assert {row["arm"] for row in rows} == set(credit.ARMS) and {row["G"] for row in rows} == {"8", "2"}
+    for arm in credit.ARMS:
+        assert len([row for row in rows if row["arm"] == arm and row["G"] == "8"]) == 1
+        assert f"| 2 | share | 0 | {arm} |" in text
+    assert all((row["completions"] == "384") == (row["reached"] == "False") for row in rows), "2 steps, and one more"
+
+
+def test_the_map_counts_the_seeds_in_which_ppo_needs_fewer():
+    rows = [dict(n=2, kind="share", noise=0, G=8, arm=arm, completions=completions)
+            for arm, needed in [("GRPO", [300, 400, 500]), ("PPO", [200, 400, 400])] for completions in needed]
+    warm = {(2, "share", 0): dict(completions=64, explained=0.5, explainable=0.625)}
+    line = credit.map_table(rows, warm)[-1]
+    assert line == "| 2 | 0 | 400 (300 to 500) | 333 (200 to 400) | 2 of 3 | 64 | 0.50 | 0.62 |"
 
 
 # --- a task of one's own, threads ---------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo_min import evaluate, grpo, ppo, sft
+from grpo_min import critic, evaluate, grpo, ppo, sft
 from grpo_min.rewards import numbers
 from grpo_min.run.config import UserError, run_command
 from grpo_min.run.table import read_csv
@@ -45,7 +45,9 @@ def words(folder, command, **more):
     elif command is evaluate:
         options = dict(checkpoint=folder / "base.pt", max_new_tokens=6, device="cpu")
     else:
-        options.update(sft=folder / "base.pt", prompts_per_step=4, group_size=3, max_new_tokens=6)
+        options.update(sft=folder / "base.pt", prompts_per_step=4, max_new_tokens=6)
+        options |= dict(group_size=3) if command is not critic else {}
+        options |= dict(critic="sft") if command is ppo else {}
     if not (folder / "base.pt").exists():
         tiny.checkpoint(folder / "base.pt")
     return [word for name, value in {**options, **more}.items() for word in ("--" + name.replace("_", "-"), str(value))]
@@ -67,7 +69,8 @@ def refused(tmp_path, capsys):
 
 # --- mistakes -----------------------------------------------------------------------------------------------------
 
-ALL = pytest.mark.parametrize("command", [sft, grpo, ppo, evaluate], ids=["sft", "grpo", "ppo", "evaluate"])
+ALL = pytest.mark.parametrize("command", [sft, critic, grpo, ppo, evaluate],
+                              ids=["sft", "critic", "grpo", "ppo", "evaluate"])
 
 
 @ALL

@@ -13,8 +13,9 @@ import sys
 import pytest
 import torch
 
-from grpo_min import grpo, ppo, pretrain, reward_model, sample, sft
+from grpo_min import critic, grpo, ppo, pretrain, reward_model, sample, sft
 from grpo_min import tokenizer as tokenizers
+from grpo_min.critic import Critic
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min import bpe
 from grpo_min.run.checkpoint import load_checkpoint, load_model, serialise, weights
@@ -205,7 +206,7 @@ def test_a_prompt_is_wrapped_as_the_tokenizer_says():
 def test_copies_share_it():
     assert copy.deepcopy(OWN) is OWN
     model = GPT(GPTConfig(300, 16, 1, 2, 16), bpe.train("", 262))
-    assert copy.deepcopy(model).tokenizer is model.tokenizer and model.with_scalar_head().tokenizer is model.tokenizer
+    assert copy.deepcopy(model).tokenizer is model.tokenizer and model.with_head(Critic).tokenizer is model.tokenizer
     assert GPT(GPTConfig(600, 16, 1, 2, 16)).tokenizer is OWN
 
 
@@ -262,20 +263,20 @@ def changed(folder, **changes):
     return folder / "sft.pt"
 
 
-@pytest.mark.parametrize("kind", [GPT, ScalarGPT])
+@pytest.mark.parametrize("kind", [GPT, ScalarGPT, Critic])
 def test_a_checkpoint_holds_it(kind, tmp_path):
     tokenizer = bpe.train("кот видит кита\n" * 3, 280)
     model = kind(GPTConfig(tokenizer.vocab_size, 16, 1, 2, 16), tokenizer)
     (tmp_path / "model.pt").write_bytes(serialise(step=0, **weights(model)))
-    loaded = load_model(tmp_path / "model.pt", kind=kind.__name__)
+    loaded = load_model(tmp_path / "model.pt", kind=kind)
     assert loaded.tokenizer.to_dict() == tokenizer.to_dict() and loaded.config.vocab_size == tokenizer.vocab_size
     assert load_checkpoint(tmp_path / "model.pt")["tokenizer"] == tokenizer.to_dict()
-    if kind is ScalarGPT:
+    if kind is not GPT:
         assert loaded.trunk.tokenizer is loaded.tokenizer
 
 
 def test_the_committed_checkpoints_hold_the_committed_one():
-    for name, kind in ("base", "GPT"), ("sft", "GPT"), ("reward_model", "ScalarGPT"):
+    for name, kind in ("base", GPT), ("sft", GPT), ("reward_model", ScalarGPT), ("critic", Critic):
         assert load_model(DATA / f"checkpoints/{name}.pt", kind=kind).tokenizer.to_dict() == OWN.to_dict()
 
 
@@ -312,8 +313,9 @@ def test_a_text_in_another_script_goes_all_the_way(script, tmp_path, capsys, no_
     choices = tiny.jsonl(tmp_path / "choices.jsonl", [dict(prompt=prompt, chosen=answer, rejected="нет 不")
                                                       for prompt, answer in pairs])
     short = ["--steps", 3, "--batch-size", 2, "--device", "cpu"]
-    rl = ["--sft", tmp_path / "sft/checkpoint.pt", "--prompts", prompts, "--steps", 2, "--prompts-per-step", 2,
-          "--group-size", 2, "--max-new-tokens", 6, "--device", "cpu"]
+    asked = ["--sft", tmp_path / "sft/checkpoint.pt", "--prompts", prompts, "--steps", 2, "--prompts-per-step", 2,
+             "--max-new-tokens", 6, "--device", "cpu"]
+    rl = [*asked, "--group-size", 2]
 
     def run(command, name, *words):
         command.main([str(word) for word in ("--run", tmp_path / name, *words)])
@@ -322,11 +324,13 @@ def test_a_text_in_another_script_goes_all_the_way(script, tmp_path, capsys, no_
     paths = [run(pretrain, "base", "--text", text, "--tokenizer", mine, "--layers", 1, "--heads", 2, "--width", 16,
                  "--context", 48, *short),
              run(sft, "sft", "--base", tmp_path / "base/checkpoint.pt", "--demonstrations", demonstrations, *short),
-             run(grpo, "grpo", *rl), run(ppo, "ppo", *rl)]
+             run(grpo, "grpo", *rl), run(ppo, "ppo", *rl, "--critic", "sft", "--critic-minibatches", 1)]
     model = reward_model.train(reward_model.RewardModelConfig(
         run=str(tmp_path / "reward"), sft=str(paths[1]), preferences=choices, steps=2, batch_size=2, device="cpu"))[0]
-    paths.append(run(ppo, "learned", *rl, "--reward", "learned", "--critic", "reward_model", "--reward-model",
-                     tmp_path / "reward/checkpoint.pt"))
+    rewarded = ["--reward", "learned", "--reward-model", tmp_path / "reward/checkpoint.pt"]
+    run(critic, "critic", *asked, *rewarded)
+    paths.append(run(ppo, "learned", *rl, *rewarded, "--critic", tmp_path / "critic/checkpoint.pt",
+                     "--critic-minibatches", 1))
     learned = tokenizers.load(mine)
     assert learned.vocab_size <= 400 and len(learned.encode(word)) == 1 and len(OWN.encode(word)) > 4
     for loaded in [load_model(path) for path in paths] + [model]:
@@ -340,23 +344,24 @@ def test_a_text_in_another_script_goes_all_the_way(script, tmp_path, capsys, no_
 
 
 def test_the_critic_must_read_what_the_policy_reads(tmp_path):
-    """A reward model with another tokenizer can judge texts, but cannot be a critic of this policy's tokens."""
-    other = ScalarGPT(GPTConfig(262, 64, 1, 2, 16), bpe.train("", 262))
-    (tmp_path / "other.pt").write_bytes(serialise(step=0, **weights(other)))
-    config = tiny.settings(ppo, tmp_path, steps=1, reward="learned", reward_model=str(tmp_path / "other.pt"))
+    """A reward model with another tokenizer can judge texts, but a critic reads the policy's tokens."""
+    for name, kind in ("reward", ScalarGPT), ("other", Critic):
+        other = kind(GPTConfig(262, 64, 1, 2, 16), bpe.train("", 262))
+        (tmp_path / f"{name}.pt").write_bytes(serialise(step=0, **weights(other)))
+    config = tiny.settings(ppo, tmp_path, steps=1, reward="learned", reward_model=str(tmp_path / "reward.pt"))
     config.prompts = tiny.prompts(tmp_path / "prompts.jsonl")
     ppo.train(config)
-    config.critic = "reward_model"
+    config.critic = str(tmp_path / "other.pt")
     with pytest.raises(UserError, match="other.pt.*tokenizer"):
         ppo.train(config)
 
 
 def test_nor_may_the_critic_s_context_be_shorter(tmp_path):
     """Its positions would run out before the policy's, and the last ones stand for all that follow."""
-    config = tiny.settings(ppo, tmp_path, steps=1, critic="reward_model")
+    config = tiny.settings(ppo, tmp_path, steps=1)
     for context in 64, 63:                               # tiny's policy has 64
-        config.reward_model = tiny.checkpoint(tmp_path / f"reward-{context}.pt", ScalarGPT, context=context)
+        config.critic = tiny.checkpoint(tmp_path / f"critic-{context}.pt", Critic, context=context)
         if context == 64:
             ppo.train(config)
-    with pytest.raises(UserError, match="reward-63.pt.*context"):
+    with pytest.raises(UserError, match="critic-63.pt.*context"):
         ppo.train(config)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from grpo_min import grpo, ppo, tokenizer as tokenizers, variants
+from grpo_min.critic import Critic
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min.run.checkpoint import load_checkpoint, serialise, weights
 from grpo_min.run.files import save_file
@@ -40,7 +41,7 @@ def gpt(kind=GPT, seed=0, ends=7, tokenizer=TOKENIZER, **changes):
     torch.manual_seed(seed)
     model = kind(GPTConfig(**{**CONFIG, "vocab_size": tokenizer.vocab_size, **changes}), tokenizer)
     with torch.no_grad():
-        (model.trunk if kind is ScalarGPT else model).tokens.weight[tokenizer.end] *= ends
+        (model if kind is GPT else model.trunk).tokens.weight[tokenizer.end] *= ends
     return model
 
 
@@ -54,6 +55,15 @@ def reward_checkpoint(path):
     """A reward model whose scores differ from text to text: its scalar head, which starts at zero, is random."""
     model = gpt(ScalarGPT, seed=1)
     torch.nn.init.normal_(model.scalar.weight)
+    save_file(path, serialise(step=0, **weights(model)))
+    return str(path)
+
+
+def critic_checkpoint(path, seed=1, **changes):
+    """A critic whose values differ from state to state: its heads, which start at zero, are random."""
+    model = gpt(Critic, seed, **changes)
+    torch.nn.init.normal_(model.scalar.weight)
+    torch.nn.init.normal_(model.gain.weight)
     save_file(path, serialise(step=0, **weights(model)))
     return str(path)
 
@@ -88,6 +98,7 @@ def text_file(path, lines=60):
 def settings(loop, folder, **more):
     """A config of that loop: 4 prompts, 3 completions of at most 6 tokens each; writes nothing unless run is given."""
     config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, variants: variants.VariantConfig}[loop]
+    more = dict(critic="sft", critic_lr=5e-3, critic_minibatches=1) | more if loop is ppo else more
     return config_class(**dict(dict(
         run="", sft=checkpoint(folder / "sft.pt"), prompts=prompts(folder / "prompts.jsonl"), steps=3,
         prompts_per_step=4, group_size=3, max_new_tokens=6, lr=1e-2, device="cpu"), **more))

@@ -1,24 +1,28 @@
 """GRPO and PPO on equal terms: python -m grpo_min.lab.compare --seeds 3
 
 Both start from the same SFT weights, see the same prompts in the same order and sample the same number of
-completions with the same random numbers; KL penalty, clipping and aggregation are the same. PPO runs a second time
-with one completion for each of 256 prompts, its natural setting. Every run is evaluated on held-out prompts. Runs go
-beside each other, one on each core; what was run before with the same settings is used again.
+completions with the same random numbers; KL penalty, clipping and aggregation are the same. PPO's critic is trained
+first, once for all seeds, and what that costs is counted. PPO runs a second time with one completion for each of 256
+prompts, its natural setting, and if asked for a third time with an oracle, values by sampling. Every run is evaluated
+on held-out prompts. Runs go beside each other, one on each core; what was run before with the same settings is used
+again.
 
 Written into the folder for each reward: comparison-REWARD.json (every figure), .csv (the curves), .md (the tables) and
 .png; for arithmetic also learning.png.
 """
+import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from grpo_min import grpo, ppo
+from grpo_min import critic, grpo, ppo
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.lab.processes import beside_each_other, train_or_reuse
-from grpo_min.lab.report import PHASES, plot_learning, state_bytes, tables, write_comparison
+from grpo_min.lab.report import PHASES, plot_learning, state_bytes, tables, to_goal, write_comparison
+from grpo_min.model import ScalarGPT
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.run.files import DATA, fingerprint, make_folder, save_file
@@ -27,11 +31,15 @@ ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "GRPO": (grpo.train, grpo.GRPOConfig, {}),
     "PPO": (ppo.train, ppo.PPOConfig, {}),
     "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
+    "PPO oracle": (functools.partial(ppo.train, start_critic=critic.Oracle), ppo.PPOConfig,
+                   dict(critic="sft", critic_epochs=0)),
 }
+LEARNED_VALUES = ["PPO", "PPO 256x1"]      # their critic is trained before
 SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
 PER_REWARD = {      # settings that depend on what is rewarded, for both algorithms alike
     "correct": {}, "learned": dict(steps=150, lr=6e-4, beta=0.1),
 }
+CRITICS = {"correct": {}, "learned": dict(steps=1200, batches=400)}     # settings of their training
 
 
 @dataclass
@@ -68,15 +76,18 @@ def start(config, begin):
     require(config.steps >= 0, f"--steps must be at least 0, not {config.steps}")
     load_model(config.sft)                                          # mistakes should not show after hours only
     if "learned" in rewards:
-        load_model(config.reward_model, kind="ScalarGPT")
+        load_model(config.reward_model, kind=ScalarGPT)
     make_folder(Path(config.run))
     futures = {}
     for reward in rewards:
         runs = [(name, seed) for seed in range(1, config.seeds + 1) for name in algorithms]
-        # Backwards, and the short SFT one last, so that no core is idle for long at the end.
-        last_first = [begin(one_run, config, name, reward, seed) for name, seed in reversed(runs)]
-        last_first.append(begin(sft_record, config, reward))
-        futures[reward] = last_first[::-1]
+        # The critic first, and meanwhile what does not wait for it. The longest runs are not the last.
+        started = {"critic": begin(train_critic, config, reward)} if set(LEARNED_VALUES) & set(algorithms) else {}
+        started["sft"] = begin(sft_record, config, reward)
+        for name, seed in sorted(runs, key=lambda run: (run[0] != "GRPO", -algorithms.index(run[0]))):
+            warm_start = started.get("critic") if name in LEARNED_VALUES else None
+            started[name, seed] = begin(one_run, config, name, reward, seed, warm_start)
+        futures[reward] = [started[run] for run in ["sft", *runs]]
     return futures
 
 
@@ -102,20 +113,39 @@ def sft_record(config, reward):
     return dict(algorithm="SFT", reward=reward, seed=0, figures=figures)
 
 
-def one_run(config, algorithm, reward, seed):
-    """Train one algorithm with one seed and evaluate it -> its record."""
-    train, config_class, differences = ALGORITHMS[algorithm]
-    run = Path(config.run) / f"{algorithm.lower().replace(' ', '-')}-{reward}-{seed}"
+def shared_settings(config, name, reward, **more):
+    """Settings that every run on this reward has, and more, where --steps wins."""
     domain, _ = SETS[reward][0]
-    settings = dict(run=str(run), sft=config.sft, reward_model=config.reward_model, reward=reward, seed=seed,
-                    device=config.device, max_new_tokens=config.max_new_tokens,
-                    prompts=str(Path(config.data) / f"{domain}_train.jsonl"), **PER_REWARD[reward], **differences)
-    if config.steps:
-        settings["steps"] = config.steps
-    settings = config_class(**settings)
+    more |= dict(steps=config.steps) if config.steps else {}
+    return dict(run=str(Path(config.run) / f"{name.lower().replace(' ', '-')}-{reward}"), sft=config.sft, reward=reward,
+                reward_model=config.reward_model, device=config.device, max_new_tokens=config.max_new_tokens,
+                prompts=str(Path(config.data) / f"{domain}_train.jsonl"), **more)
+
+
+def train_critic(config, reward):
+    """Train PPO's critic for this reward -> its checkpoint, and what it explains and has cost."""
+    settings = critic.CriticConfig(**shared_settings(config, "critic", reward, **CRITICS[reward]))
     settings.lr *= config.lr_factor
-    if config_class is ppo.PPOConfig:
-        settings.critic_lr *= config.lr_factor
+    _, figures, rows = train_or_reuse(critic.train, settings)
+    return dict(figures, **critic.costs(settings, rows), checkpoint=f"{settings.run}/checkpoint.pt")
+
+
+def settings_of_run(config, algorithm, reward, seed, warm_start):
+    """How one algorithm is trained, and its settings. warm_start: what train_critic returned, or None."""
+    train, config_class, differences = ALGORITHMS[algorithm]
+    settings = config_class(**shared_settings(config, algorithm, reward, seed=seed, **{**PER_REWARD[reward],
+                                                                                       **differences}))
+    settings.run += f"-{seed}"
+    settings.lr *= config.lr_factor
+    if warm_start:
+        settings.critic, settings.critic_lr = warm_start["checkpoint"], settings.critic_lr * config.lr_factor
+    return train, settings
+
+
+def one_run(config, algorithm, reward, seed, warm_start):
+    """Train one algorithm with one seed and evaluate it -> its record."""
+    train, settings = settings_of_run(config, algorithm, reward, seed, warm_start)
+    run = Path(settings.run)
     policy, rows = train_or_reuse(train, settings)
     sft = load_model(config.sft, pick_device(config.device))
     figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
@@ -124,7 +154,7 @@ def one_run(config, algorithm, reward, seed):
         seconds[phase] = float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
     return dict(algorithm=algorithm, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
                 completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
-                state_bytes=state_bytes(policy, settings))
+                state_bytes=state_bytes(policy, settings), warm_start=warm_start, **to_goal(rows, reward))
 
 
 def evaluate_or_reuse(path, config, policy, opponent, reward):

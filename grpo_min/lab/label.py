@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from grpo_min.evaluate import agreement
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, sample
 from grpo_min.run.checkpoint import load_model
@@ -167,7 +168,7 @@ def main(argv=None):
     require(0 <= config.repeat <= 0.5, f"--repeat must be from 0 to 0.5, not {config.repeat}")
     device, path, unsure = pick_device(config.device), Path(config.preferences), config.pick == "unsure"
     policy = load_model(config.checkpoint, device)
-    reward = learned(load_model(config.reward_model, device, "ScalarGPT")) if unsure else None
+    reward = learned(load_model(config.reward_model, device, ScalarGPT)) if unsure else None
     prompts = [row["prompt"] for row in read_jsonl(config.prompts, ["prompt"])]
     earlier = read_choices(path)
     rng = generator(config.seed, len(earlier))               # other pairs in another sitting

@@ -2,7 +2,7 @@
 import dataclasses
 import multiprocessing
 import signal
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
@@ -23,7 +23,7 @@ def train_or_reuse(train, config):
 @contextmanager
 def beside_each_other(device):
     """begin(function, *arguments) -> a future: each call in a process of its own, with one thread, as many at a time as
-    torch would use threads; on CUDA one.
+    torch would use threads; on CUDA one. An argument that is a future itself is waited for: begin that one first.
 
     Two runs of models as small as these, one thread each, take less time than one after the other with two, and what is
     computed does not depend on the number of cores. After an error or Ctrl-C those under way save what they have.
@@ -40,6 +40,7 @@ def beside_each_other(device):
 
 def in_own_process(function, *arguments):
     """What the function returns, called in a new process. UserError, if that is killed."""
+    arguments = [each.result() if isinstance(each, Future) else each for each in arguments]
     try:
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), begin_process) as process:
             return process.submit(function, *arguments).result()

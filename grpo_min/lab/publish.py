@@ -1,7 +1,7 @@
 """Copies what was measured to where it is committed: python -m grpo_min.lab.publish
 
 From what `python -m grpo_min`, and then perhaps `python -m grpo_min.lab.compare --run runs/main/compare` with more
-seeds, wrote in runs/main, the weights of the first three stages go to data/checkpoints, tables, curves and figures to
+seeds, wrote in runs/main, the weights of the stages before RL go to data/checkpoints, tables, curves and figures to
 tutorials/results, and so do those of the benchmark. The pages then get the tables between <!-- NAME --> and
 <!-- end of NAME -->, and links to the seven steps in grpo.py their line numbers.
 """
@@ -13,17 +13,21 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from grpo_min import grpo
+from grpo_min import critic, grpo
+from grpo_min.critic import Critic
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.lab.report import RESULTS, plot_learning
+from grpo_min.model import GPT, ScalarGPT
 from grpo_min.pretrain import pack, read_documents
 from grpo_min.reward_model import judge
+from grpo_min.rewards import correct
 from grpo_min.run.checkpoint import load_model, serialise, weights
 from grpo_min.run.config import option, parse, run_command
 from grpo_min.run.data import read_jsonl
 from grpo_min.run.files import DATA, make_folder, save_file
 
-CHECKPOINTS = [("pretrain", "base", "GPT"), ("sft", "sft", "GPT"), ("reward_model", "reward_model", "ScalarGPT")]
+CHECKPOINTS = [("pretrain", "base", GPT), ("sft", "sft", GPT), ("reward_model", "reward_model", ScalarGPT),
+               ("compare/critic-correct", "critic", Critic)]
 PAGES = [RESULTS / "README.md", RESULTS / "SPEED.md", RESULTS.parent / "README.md"]
 TABLES = ["pipeline.md", "before_after.md", "reward_model/reward_model.md", "reward_model/calibration.png"]
 
@@ -63,14 +67,17 @@ def publish(config):
 
 
 def scores():
-    """What the committed weights of the first three stages score on a few held-out rows: {name: number}."""
-    base, sft, reward = (load_model(DATA / "checkpoints" / f"{name}.pt", kind=kind) for _, name, kind in CHECKPOINTS)
+    """What the committed weights score on a few held-out rows: {name: number}."""
+    base, sft, reward, values = (load_model(DATA / "checkpoints" / f"{name}.pt", kind=kind)
+                                 for _, name, kind in CHECKPOINTS)
+    explained = critic.judge(critic.CriticConfig(), sft, values, correct, held_out("arithmetic", "test", 100))
     documents = read_documents(DATA / "pretrain.txt", base.tokenizer)
     rows = pack(documents, base.config.context, 0)[:50]                                       # (50, context + 1)
     with torch.no_grad():
         loss = F.cross_entropy(base.plain(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten()).item()
     pairs = read_jsonl(DATA / "preferences_heldout.jsonl", ["prompt", "chosen", "rejected", "animal", "attribute"])
     return dict(base_loss=loss, reward_model_accuracy=judge(reward, pairs[:300])["accuracy"][0],
+                critic_explained=explained["explained"],
                 sft_accuracy=evaluate(sft, "arithmetic", held_out("arithmetic", "test", 200))["accuracy"][0])
 
 

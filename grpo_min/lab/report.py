@@ -23,9 +23,10 @@ QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, t
              "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
 PHASES = ["sample", "score", "critic", "update"]        # of a step, each with its seconds
 CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
-          *(f"seconds_{phase}" for phase in PHASES)]                                     # kept in comparison-*.csv
+          "explainable_variance", *(f"seconds_{phase}" for phase in PHASES)]             # kept in comparison-*.csv
 TASKS = {"correct": "arithmetic", "learned": "animals"}
 TITLES = {"correct": "Arithmetic, rewarded for right answers", "learned": "Animals, rewarded by the reward model"}
+GOALS = {"correct": 0.9, "learned": 3.5}                # a reward that all reach, and it is counted when
 COLUMNS = {     # reward: [(heading, set, figure, form)]
     "correct": [("accuracy", "arithmetic_test", "accuracy", "{:.1%}"),
                 ("greedy", "arithmetic_test", "accuracy_greedy", "{:.1%}"),
@@ -48,7 +49,8 @@ def state_bytes(policy, config):
     trained = weights
     state = {"policy": weights, "reference": weights if config.beta > 0 else 0}
     if isinstance(config, PPOConfig):
-        state["critic"] = weights + (policy.config.width + 1) * 4          # the trunk and the scalar head
+        width = policy.config.width
+        state["critic"] = weights + (width + 1) * (width + 1) * 4          # the trunk, and what makes values of states
         trained += state["critic"]
     return {**state, "gradients": trained, "Adam's moments": 2 * trained}
 
@@ -97,7 +99,7 @@ def tables(records):
             for _, prompts, figure, form in COLUMNS[reward]:
                 cells.append(spread([record["figures"][prompts].get(figure, [None])[0] for record in group], form))
             lines += table_row(cells)
-        lines += ["", *cost_table(runs), ""]
+        lines += ["", *cost_table(runs), "", *goal_table(runs), ""]
     return "\n".join(lines)
 
 
@@ -111,6 +113,21 @@ def cost_table(runs):
         lines += table_row([*cells, spread([sum(run["seconds"].values()) for run in group], "{:.2f}"),
                             f"{sum(group[0]['state_bytes'].values()) / 1e6:.1f}",
                             f"{max(run['peak_memory_mb'] for run in group):.0f}"])
+    return lines
+
+
+def goal_table(runs):
+    """What it took to reach a reward: by RL, and before that by the training of the critic."""
+    goal = f"to a reward of {GOALS[runs[0]['reward']]}: completions"
+    headings = ["", goal, "seconds", "for the critic before: completions", "seconds", "it explains", "of at most"]
+    lines = table_row(headings) + table_row(["---"] * len(headings))
+    for algorithm, group in by_algorithm(runs).items():
+        warm, before = group[0]["warm_start"], ["-"] * 4
+        if warm:
+            before = [f"{warm['completions']}", f"{warm['seconds_sample'] + warm['seconds_update']:.0f}",
+                      f"{warm['explained']:.2f}", f"{warm['explainable']:.2f}"]
+        lines += table_row([algorithm, spread([run["goal_completions"] for run in group], "{:.0f}"),
+                            spread([run["goal_seconds"] for run in group], "{:.0f}"), *before])
     return lines
 
 
@@ -170,6 +187,16 @@ def smooth(values, window=5):
     return [np.mean(values[max(0, i - window + 1):i + 1]) for i in range(len(values))]
 
 
+def to_goal(rows, reward):
+    """Completions and seconds of training until the reward, mean of 5 steps, is that of GOALS. None if it never is."""
+    rewards = [row["reward"] for row in rows]
+    reached = [mean >= GOALS[reward] for mean in smooth(rewards)]
+    if not any(reached):
+        return dict(goal_completions=None, goal_seconds=None)
+    rows = rows[:reached.index(True) + 1]
+    return dict(goal_completions=rows[-1]["completions"], goal_seconds=sum(map(step_seconds, rows)))
+
+
 def plot_comparison(runs, path):
     """Algorithms side by side: a line per seed, smoothed over 5 steps; seconds per step, and model state."""
     groups = by_algorithm(runs)
@@ -178,11 +205,12 @@ def plot_comparison(runs, path):
     curves = [("reward", "completions", "reward"), ("reward", "seconds", "reward"),
               ("kl", "completions", "KL to the reference\n(nats per completion)"),
               ("length", "completions", "completion length (tokens)"),
-              ("thinking", "completions", "share of thinking answers") if runs[0]["reward"] == "correct" else
-              ("entropy", "completions", "entropy (nats per token)")]
+              ("explained_variance", "completions", "share of the returns' variance\nthat the critic explains")]
     for axis, (column, against, label) in zip(axes.flat, curves):
         for run in runs:
-            rows = [row for row in run["rows"] if row[column] != ""]
+            rows = [row for row in run["rows"] if row.get(column, "") != ""]
+            if not rows:                    # no critic
+                continue
             x = [row["completions"] for row in rows]
             if against == "seconds":
                 x = np.cumsum([step_seconds(row) for row in rows])

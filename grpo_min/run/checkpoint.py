@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from grpo_min.model import GPT, GPTConfig, ScalarGPT
+from grpo_min.model import GPT, GPTConfig
 from grpo_min.run.config import UserError, require
 from grpo_min.run.files import one_line
 from grpo_min.tokenizer import Tokenizer
@@ -35,11 +35,11 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def load_model(path, device="cpu", kind="GPT", like=None):
-    """The GPT or ScalarGPT (its kind) of a checkpoint; like: the model it has to read."""
+def load_model(path, device="cpu", kind=GPT, like=None):
+    """The model of a checkpoint, of this kind; like: the model that it has to read."""
     checkpoint = load_checkpoint(path)
-    require(checkpoint["kind"] == kind,
-            f"{path} holds a {checkpoint['kind']}, where a {kind} is needed")
+    require(checkpoint["kind"] == kind.__name__,
+            f"{path} holds a {checkpoint['kind']}, where a {kind.__name__} is needed")
     try:
         config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
         tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
@@ -50,7 +50,7 @@ def load_model(path, device="cpu", kind="GPT", like=None):
     require(like is None or like.tokenizer.to_dict() == tokenizer.to_dict()
             and like.config.context <= config.context,
             f"{path} has another tokenizer, or a shorter context, than the policy")
-    model = {"GPT": GPT, "ScalarGPT": ScalarGPT}[kind](config, tokenizer)
+    model = kind(config, tokenizer)
     load_weights(model, state, path)
     return model.to(device)
 

@@ -136,6 +136,7 @@ TROUBLE = [     # (column, is it trouble?, what it means)
      "too many or too large"),
     ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: "
      "their settings differ"),
-    ("explained_variance", lambda v: v < -0.5, "the critic predicts worse than a constant: "
-     "its baseline adds noise"),
+    ("critic_share", lambda v: v < 0.1, "the critic explains less than a tenth of what can "
+     "be explained: its baseline is a constant. See grpo_min.critic"),
+    ("explained_variance", lambda v: v < -0.5, "the critic predicts worse than a constant"),
 ]

@@ -8,7 +8,7 @@ PANELS = [  # (columns of metrics.csv, label of the y axis)
     (["reward"], "reward"), (["accuracy", "thinking"], "share of completions"),
     (["kl"], "KL to the reference (nats)"), (["length"], "completion length (tokens)"),
     (["entropy"], "entropy (nats per token)"),
-    (["explained_variance"], "explained variance"),
+    (["explained_variance", "explainable_variance"], "share of the returns' variance"),
     (["equal_groups"], "share of all-equal groups"), (["grad_norm"], "gradient norm"),
 ]
 
@@ -23,7 +23,8 @@ def plot_curves(rows, path):
         for name in names:
             points = [(row["step"] + 1, row[name]) for row in rows
                       if row.get(name, "") != ""]
-            axis.plot(*zip(*points), label=name.replace("_", " "))
+            axis.plot(*zip(*points), "-" if len(points) > 10 else ".-",
+                      label=name.replace("_", " "))
         axis.set(xlabel="step", ylabel=label)
         if len(axis.lines) > 1:
             axis.legend(frameon=False)

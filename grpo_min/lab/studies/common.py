@@ -42,6 +42,7 @@ class StudyConfig:
     recipes_one_update  do the recipes differ at all, with one update per batch
     is_rl_needed        is RL needed, or does fine-tuning on right answers do
     critic              what kind of critic PPO needs
+    credit              when does a critic pay
     noise               what noisy annotators cost
     overoptimisation    is a learned reward over-optimised
     kl                  how much KL penalty, and charged where

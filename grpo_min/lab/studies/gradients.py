@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from grpo_min import grpo, ppo, variants
+from grpo_min.critic import Critic
 from grpo_min.evaluate import interval
 from grpo_min.lab.processes import train_or_reuse
 from grpo_min.lab.studies.common import collect, grouped, load_sft, run_jobs, sized, table, write_study
-from grpo_min.model import ScalarGPT
 from grpo_min.rollout import token_logprobs
 from grpo_min.run.checkpoint import load_checkpoint, load_weights
 from grpo_min.run.config import pick_device
@@ -105,7 +105,7 @@ def large_batch(policy, rows, M, Q, G):
 
 
 def policy_and_critic(config, steps):
-    """The policy and the critic of PPO after so many steps; before the first, the critic says 0 everywhere."""
+    """The policy and the critic of PPO after so many steps."""
     device = pick_device(config.device)
     settings = ppo.PPOConfig(run=str(Path(config.run) / f"gradients-{steps}"), sft=config.sft, device=config.device,
                              steps=steps)
@@ -113,7 +113,7 @@ def policy_and_critic(config, steps):
         policy = load_sft(config)
         return policy, ppo.start_critic(settings, policy, device)
     policy, _ = train_or_reuse(ppo.train, settings)
-    critic, path = ScalarGPT(policy.config, policy.tokenizer), Path(settings.run) / "checkpoint.pt"
+    critic, path = Critic(policy.config, policy.tokenizer), Path(settings.run) / "checkpoint.pt"
     load_weights(critic, load_checkpoint(path)["critic"], path)
     return policy, critic.to(device)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from grpo_min.lab.studies.common import (curve, last_of, load_sft, measure_animals, run_jobs, seconds_of, seed_table,
                                          seeds_of, sized, train_policy, validation, write_study)
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import pick_device
@@ -41,7 +42,7 @@ def train_with_penalty(config, beta, charged_in, seed):
     changes = dict(kl="k1", kl_in="reward") if charged_in == "reward" else {}
     policy, metrics = train_policy(config, f"kl-{beta}-{charged_in}-{seed}", config.reward_model, sized(config, 60, 2),
                                    seed, beta=beta, **changes)
-    reward = learned(load_model(config.reward_model, pick_device(config.device), "ScalarGPT"))
+    reward = learned(load_model(config.reward_model, pick_device(config.device), ScalarGPT))
     figures, _ = measure_animals(policy, load_sft(config), reward, validation(config, "animals"))
     label = dict(beta=beta, charged_in=charged_in, seed=seed)
     row = dict(label, steps=len(metrics), **{name: figures[name] for name in ("proxy", "kl", "gold")},

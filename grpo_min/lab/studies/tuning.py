@@ -1,57 +1,74 @@
-"""Which learning rate and which critic suit each algorithm? Every setting of GRPO and PPO is one run (or --seeds of
-them) on the arithmetic task from the same SFT weights, judged on the validation prompts. Writes tuning.csv and
-tuning.md."""
+"""Which settings suit each algorithm? Every setting of GRPO and PPO is one run (or --seeds of them) from the same SFT
+weights, on arithmetic, and for the learning rate on the animals too. Policies are judged on the validation prompts.
+Writes tuning.csv and tuning.md.
+"""
 from datetime import date
 from pathlib import Path
 
-from grpo_min import grpo, ppo
 from grpo_min.evaluate import evaluate
+from grpo_min.lab import compare
 from grpo_min.lab.processes import train_or_reuse
-from grpo_min.lab.studies.common import (best_of, first_of, last_of, run_jobs, seconds_of, seed_table, seeds_of, sized,
-                                         validation, write_study)
+from grpo_min.lab.report import GOALS, TASKS, to_goal
+from grpo_min.lab.studies.common import (last_of, run_jobs, seconds_of, seed_table, seeds_of, sized, validation,
+                                         write_study)
 
-GRPO_SETTINGS = {"defaults": {}, "lr 0.0001": dict(lr=1e-4), "lr 0.001": dict(lr=1e-3),
-                 "scale_advantages True": dict(scale_advantages=True), "beta 0.0": dict(beta=0.0),
-                 "minibatches 4": dict(minibatches=4)}
-PPO_SETTINGS = {"defaults": {}, "lr 0.0001": dict(lr=1e-4), "lr 0.001": dict(lr=1e-3),
-                "critic_lr 0.001": dict(critic_lr=1e-3), "critic_lr 0.01": dict(critic_lr=1e-2),
-                "critic_warmup 10": dict(critic_warmup=10), "lam 1.0": dict(lam=1.0),
-                "scale_advantages True": dict(whiten=True)}
-ALGORITHMS = {"GRPO": (grpo.train, grpo.GRPOConfig, GRPO_SETTINGS), "PPO": (ppo.train, ppo.PPOConfig, PPO_SETTINGS)}
-LABELS = {"algorithm": ("algorithm", "{}"), "settings": ("settings", "{}")}
-NUMBERS = {"accuracy (validation)": ("accuracy", "{:.1%}"), "thinking": ("thinking", "{:.1%}"),
-           "KL (nats)": ("kl", "{:.2f}"),
-           "explained variance, first 10 steps": ("explained_variance_start", "{:.2f}"),
-           "best 10": ("explained_variance_best", "{:.2f}"), "last 10": ("explained_variance_end", "{:.2f}"),
-           "seconds": ("seconds", "{:.0f}")}
+RATES = {"defaults": {}, "lr / 3": dict(lr=1 / 3), "lr x 3": dict(lr=3)}
+SETTINGS = {
+    ("correct", "GRPO"): {**RATES, "scale_advantages True": dict(scale_advantages=True), "beta 0": dict(beta=0.0),
+                          "minibatches 4": dict(minibatches=4)},
+    ("correct", "PPO"): {**RATES, "whiten True": dict(whiten=True), "beta 0": dict(beta=0.0),
+                         "minibatches 4": dict(minibatches=4), "lam 0": dict(lam=0.0), "lam 0.5": dict(lam=0.5),
+                         "lam 1": dict(lam=1.0), "critic_epochs 0": dict(critic_epochs=0),
+                         "critic_epochs 4": dict(critic_epochs=4), "critic_lr 0.0003": dict(critic_lr=3e-4),
+                         "critic_lr 0.001": dict(critic_lr=1e-3), "critic sft, critic_lr 0.003": dict(critic="sft",
+                                                                                                      critic_lr=3e-3)},
+    ("learned", "GRPO"): RATES,
+    ("learned", "PPO"): {**RATES, "lam 0.5": dict(lam=0.5), "lam 1": dict(lam=1.0)},
+}
+LABELS = {"task": ("task", "{}"), "algorithm": ("algorithm", "{}"), "settings": ("settings", "{}")}
+NUMBERS = {"accuracy or gold score (validation)": ("quality", "{:.3f}"), "KL (nats)": ("kl", "{:.2f}"),
+           "completions to the goal": ("goal_completions", "{:.0f}"),
+           "explained variance, last 10 steps": ("explained_variance", "{:.2f}"), "seconds": ("seconds", "{:.0f}")}
 
 
 def study(config):
-    jobs = []
-    for algorithm, (_, _, settings) in ALGORITHMS.items():
+    rewards, jobs = list(TASKS), []
+    critics = dict(zip(rewards, run_jobs(config, train_critic, [(reward,) for reward in rewards])))
+    for (reward, algorithm), settings in SETTINGS.items():
         for label in list(settings)[:sized(config, len(settings), 2)]:
-            jobs += [(algorithm, label, seed) for seed in seeds_of(config, 1)]
+            warm_start = critics[reward] if algorithm == "PPO" else None
+            jobs += [(reward, algorithm, label, seed, warm_start) for seed in seeds_of(config, 1)]
     rows = run_jobs(config, train_setting, jobs)
+    goals = " and ".join(f"{goal} ({TASKS[reward]})" for reward, goal in GOALS.items())
     lines = seed_table(LABELS, NUMBERS, rows)
-    lines += ["", f"{config.steps or grpo.GRPOConfig.steps} steps of {grpo.GRPOConfig.prompts_per_step} prompts x "
-              f"{grpo.GRPOConfig.group_size} completions, seeds 1 to {len(seeds_of(config, 1))}: mean (lowest to "
-              "highest). KL and explained variance are means of ten steps, KL of the last ten; explained variance: of "
-              f"the actual returns, 1 is perfect, 0 as good as a constant. {config.eval_prompts} validation prompts, 4 "
-              f"samples each. {date.today()}."]
+    lines += ["", f"Seeds 1 to {len(seeds_of(config, 1))}: mean (lowest to highest). Accuracy is that of arithmetic, "
+              f"the gold score that of the animals. Goal: a reward of {goals}, mean of five steps. KL: mean of the "
+              f"last ten steps. {config.eval_prompts} validation prompts, 4 samples each. {date.today()}."]
     write_study(config, "tuning", lines, rows)
 
 
-def train_setting(config, algorithm, label, seed):
+def comparison(config):
+    """These settings, as the comparison has them."""
+    return compare.CompareConfig(run=config.run, sft=config.sft, reward_model=config.reward_model, device=config.device,
+                                 steps=config.steps or sized(config, 0, 2))
+
+
+def train_critic(config, reward):
+    return compare.train_critic(comparison(config), reward)
+
+
+def train_setting(config, reward, algorithm, label, seed, warm_start):
     """Train with these settings and look at the validation prompts -> a row of the table."""
-    train, config_class, settings = ALGORITHMS[algorithm]
-    run = Path(config.run) / f"{algorithm}-{label}-{seed}".replace(" ", "-").lower()
-    steps = config.steps or sized(config, config_class.steps, 2)
-    policy, metrics = train_or_reuse(train, config_class(
-        run=str(run), sft=config.sft, seed=seed, device=config.device, steps=steps, **settings[label]))
-    figures = evaluate(policy, "arithmetic", validation(config, "arithmetic"))
-    return dict(algorithm=algorithm, settings=label, seed=seed, accuracy=figures["accuracy"][0],
-                thinking=figures["thinking"][0], kl=last_of(metrics, "kl"),
-                explained_variance_start=first_of(metrics, "explained_variance"),
-                explained_variance_best=best_of(metrics, "explained_variance"),
-                explained_variance_end=last_of(metrics, "explained_variance"),
+    changes = dict(SETTINGS[reward, algorithm][label])
+    train, settings = compare.settings_of_run(comparison(config), algorithm, reward, seed, warm_start)
+    settings.lr *= changes.pop("lr", 1)
+    for name, value in changes.items():
+        setattr(settings, name, value)
+    settings.run = str(Path(config.run) / f"{algorithm}-{reward}-{label}-{seed}".replace(" ", "-").replace("/", "by"))
+    policy, metrics = train_or_reuse(train, settings)
+    task = TASKS[reward]
+    figures = evaluate(policy, task, validation(config, task))
+    return dict(task=task, algorithm=algorithm, settings=label, seed=seed, lr=settings.lr,
+                quality=figures["accuracy" if task == "arithmetic" else "gold"][0], kl=last_of(metrics, "kl"),
+                **to_goal(metrics, reward), explained_variance=last_of(metrics, "explained_variance"),
                 seconds=seconds_of(metrics))
