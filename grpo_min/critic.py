@@ -1,8 +1,8 @@
 """Values of states: PPO's critic, its training before RL, and how much there is to explain.
 
-A critic that starts from the SFT weights with values of 0 learns too late for RL. So it is
-trained first, on completions of the SFT model that are sampled once: the squared error of
-its values, each state's against the reward that its completion got. (The KL penalty is 0
+While RL runs there is little time to learn values from nothing. So the critic is trained
+before, on completions of the SFT model that are sampled once: the squared error of its
+values, each state's against the reward that its completion got. (The KL penalty is 0
 there: the policy is the reference yet. Rewards are not discounted.)
 
 The ruler: of two completions that go on from one state independently of each other, the

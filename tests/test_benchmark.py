@@ -13,9 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_min import ppo, tokenizer
+from grpo_min.critic import Critic
 from grpo_min.lab import benchmark, report
 from grpo_min.lab.publish import RESULTS
-from grpo_min.model import ScalarGPT
 from grpo_min.rollout import Prompts, sample, token_logprobs
 from grpo_min.run.config import UserError
 from tests.tiny import LOOPS, letter_e, settings
@@ -28,7 +28,7 @@ def test_operations_are_those_that_torch_counts():
     assert prompts.length.tolist() == [9] * 4
     rollout = sample(model, prompts, 3, 6, generator=torch.Generator().manual_seed(0))
     assert rollout.length.tolist() == [6] * 12, "it never ends"
-    part, critic = (prompts, rollout.completion_ids, rollout.mask), ScalarGPT(model.config)
+    part, critic = (prompts, rollout.completion_ids, rollout.mask), Critic(model.config)
 
     def score():
         with torch.no_grad():

@@ -346,7 +346,8 @@ def test_completions_are_too_long_for_the_context(command, refused):
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 CHECKPOINT_OPTIONS = [(grpo, "sft"), (ppo, "sft"), (variants, "sft"), (sft, "base"), (reward_model, "sft"),
-                      (sample, "checkpoint"), (evaluate, "checkpoint"), (compare, "sft")]
+                      (critic, "sft"), (ppo, "critic"), (sample, "checkpoint"), (evaluate, "checkpoint"),
+                      (compare, "sft")]
 
 
 class HoldsCode:
@@ -430,6 +431,11 @@ def test_ppo_does_without_groups(tmp_path, curves):
     assert len(read_csv(tmp_path / "run/metrics.csv")) == 2
 
 
+def test_the_default_critic_is_for_right_answers_to_arithmetic_alone(refused):
+    error = refused(ppo, critic=ppo.PPOConfig.critic, reward="well_formed")
+    assert "knows arithmetic alone" in error and "--critic sft" in error
+
+
 @LOOPS
 def test_minibatches_do_not_divide(command, refused):
     assert "minibatches" in refused(command, minibatches=3)
@@ -458,9 +464,9 @@ def test_commands_that_compute_nothing_have_no_device():
 
 
 NO_NUMBERS = [    # (commands, option, values that make no sense)
-    (RL, "steps", [0, -1]), (RL, "prompts_per_step", [0, -4]), (RL, "group_size", [0, -3]),
-    (RL, "epochs", [0, -1]), (RL, "minibatches", [0, -1]), (RL, "max_new_tokens", [0, -1]),
-    (RL, "lr", [0, -1, "nan"]), (RL, "temperature", [0, -1, "nan"]),
+    (RL, "steps", [0, -1]), (RL + [critic], "prompts_per_step", [0, -4]), (RL, "group_size", [0, -3]),
+    (RL, "epochs", [0, -1]), (RL, "minibatches", [0, -1]), (RL + [critic], "max_new_tokens", [0, -1]),
+    (RL, "lr", [0, -1, "nan"]), (RL + [critic], "temperature", [0, -1, "nan"]),
     (RL, "beta", [-1, "nan"]), (RL, "max_grad_norm", [0, -1]),
     (RL, "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
     ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]),

@@ -227,6 +227,23 @@ def test_figures_of_the_bugs_stand_beside_their_numbers(small, tmp_path):
     assert runs_in(tmp_path / "bug1.csv") == ["the bug"] * 2 + ["reference"] * 2 and (tmp_path / "bug1.png").exists()
 
 
+def column_of(name, run, column):
+    """Numbers of a figure, step by step."""
+    with open(check.HERE / "figures" / f"{name}.csv", newline="") as file:
+        return [float(row[column]) for row in csv.DictReader(file) if row["run"] == run]
+
+
+def test_figures_of_the_critics_show_what_their_files_say():
+    def mean(name, run, column):
+        return sum(column_of(name, run, column)[5:]) / (bugs.STEPS - 5)
+    for name in "bug4", "bug7":
+        assert mean(name, "reference", "explained_variance") > 0.15
+        assert abs(mean(name, "the bug", "explained_variance")) < 0.05
+        assert abs(mean(name, "the bug", "accuracy") - mean(name, "reference", "accuracy")) < 0.05
+        assert max(column_of(name, "reference", "value")) < 1.1
+    assert column_of("bug4", "the bug", "value")[-1] > 5 and set(column_of("bug7", "the bug", "value")) == {0}
+
+
 @pytest.mark.parametrize("number", NUMBERS)
 def test_each_file_says_what_and_why_and_where_to_look(number):
     text = check.FILES[number].read_text(encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is committed is what was measured: the weights of the first three stages load and score what was recorded with
+"""What is committed is what was measured: the weights of the stages before RL load and score what was recorded with
 them, and every table of a page stands in a file that a command wrote. The main job runs from nothing to its end.
 """
 import json
@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from grpo_min import __main__ as main_job
+from grpo_min.critic import Critic
 from grpo_min.lab import publish
 from grpo_min.lab.report import plot_learning
+from grpo_min.model import GPT
 from grpo_min.run.checkpoint import load_checkpoint, load_model
 from grpo_min.run.files import DATA
 from tests import tiny
@@ -48,7 +50,7 @@ def test_learning_is_drawn_from_the_committed_curves(tmp_path):
 
 def test_publish_copies_what_is_there_and_fills_in_the_pages(tmp_path, monkeypatch):
     results, run, again = tmp_path / "results", tmp_path / "run", tmp_path / "again"
-    for folder in results, run / "sft", run / "compare", again / "compare":
+    for folder in results, run / "sft", run / "compare/critic-correct", again / "compare":
         folder.mkdir(parents=True)
     page = tmp_path / "page.md"
     page.write_text("a <!-- pipeline.md -->old<!-- end of pipeline.md --> b")
@@ -57,6 +59,7 @@ def test_publish_copies_what_is_there_and_fills_in_the_pages(tmp_path, monkeypat
     (again / "pipeline.md").write_text("seconds of another time\n")
     (again / "compare/comparison-correct.md").write_text("heading\n\ntable\n\ncosts\n")
     tiny.checkpoint(run / "sft/checkpoint.pt", seed=3)
+    tiny.critic_checkpoint(run / "compare/critic-correct/checkpoint.pt")
     monkeypatch.setattr(publish, "RESULTS", results)
     monkeypatch.setattr(publish, "DATA", tmp_path / "data")
     monkeypatch.setattr(publish, "PAGES", [page])
@@ -66,9 +69,11 @@ def test_publish_copies_what_is_there_and_fills_in_the_pages(tmp_path, monkeypat
     assert (results / "again.md").read_text() == "heading\n\ntable\n"
     written = sorted(path.name for path in results.iterdir())
     assert written == ["again.md", "comparison-correct.csv", "learning.png", "pipeline.md"]
-    assert sorted(path.name for path in (tmp_path / "data/checkpoints").iterdir()) == ["scores.json", "sft.pt"]
-    weights = load_model(tmp_path / "data/checkpoints/sft.pt").state_dict()
-    assert tiny.same(weights, load_checkpoint(run / "sft/checkpoint.pt")["model"])
+    committed = tmp_path / "data/checkpoints"
+    assert sorted(path.name for path in committed.iterdir()) == ["critic.pt", "scores.json", "sft.pt"]
+    for name, kind, stage in ("sft", GPT, "sft"), ("critic", Critic, "compare/critic-correct"):
+        weights = load_model(committed / f"{name}.pt", kind=kind).state_dict()
+        assert tiny.same(weights, load_checkpoint(run / stage / "checkpoint.pt")["model"])
 
 
 def test_main_job_runs_to_its_end_and_is_not_run_twice(tmp_path, monkeypatch, capsys):

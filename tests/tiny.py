@@ -154,6 +154,6 @@ def one_after_the_other(device):
     """In place of beside_each_other: processes take longer to start than these runs to end."""
     def begin(function, *arguments):
         future = Future()
-        future.set_result(function(*arguments))
+        future.set_result(function(*[each.result() if isinstance(each, Future) else each for each in arguments]))
         return future
     yield begin

@@ -137,6 +137,6 @@ TROUBLE = [     # (column, is it trouble?, what it means)
     ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: "
      "their settings differ"),
     ("critic_share", lambda v: v < 0.1, "the critic explains less than a tenth of what can "
-     "be explained: its baseline is a constant. See grpo_min.critic"),
+     "be: its baseline is no better than a constant. See grpo_min.critic"),
     ("explained_variance", lambda v: v < -0.5, "the critic predicts worse than a constant"),
 ]

@@ -1,8 +1,9 @@
 """Bug hunt 4: PPO's critic promises ever more.
 
 Seen      figures/bug4.png. Rewards are 0 or 1, so that no state is worth more than 1. But the mean value that the
-          critic gives to a state rises past 1 and on. Right answers would not tell you, nor does the explained
-          variance: an error that is the same for all states is no variance, and mostly cancels in the advantages.
+          critic gives to a state rises past 1 and on. The explained variance stays near 0, where that of the reference
+          run does not. Right answers would hardly tell you: an error that is the same for all states mostly cancels
+          in the advantages.
 Ask       The critic learns towards the returns. What are the returns of the last token of a completion made of?
 Mend      this file, until `python -m tutorials.exercises.check 16` says pass. --hint helps.
 """

@@ -1,8 +1,9 @@
 """Bug hunt 7: the critic that says nothing.
 
-Seen      figures/bug7.png. PPO learns, and as fast as the reference run. But the critic's values are 0 in every step,
-          for every state, and so the explained variance is 0, too.
-Ask       PPO's rewards and lengths look fine, so nobody would look for this. Which weights does its optimizer have?
+Seen      figures/bug7.png. PPO learns, and hardly slower than the reference run. But the critic's values are 0 in every
+          step, for every state, and so the explained variance is 0, too. In step 20 the program measures how much there
+          is to explain, and prints a note: the critic explains nothing of it.
+Ask       The rewards look fine, and a note is soon out of sight. Which weights does its optimizer have?
 Mend      this file, until `python -m tutorials.exercises.check 19` says pass. In the real loop it is called once,
           before the first step. --hint helps.
 """

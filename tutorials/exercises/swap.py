@@ -13,6 +13,7 @@ import torch
 
 from grpo_min import grpo, ppo, reward_model, sft, variants
 from grpo_min.evaluate import evaluate, held_out
+from grpo_min.model import ScalarGPT
 from grpo_min.rewards import correct, score
 from grpo_min.rollout import Prompts, Rollout, sample
 from grpo_min.run.data import batch_rows
@@ -121,6 +122,11 @@ def refilling(fill_batch):
     return dict(collect=collect, evaluate=lambda policy, step: dict(dropped=dropped[-1]))
 
 
+def plain_critic(config, policy, device):
+    """ppo.start_critic for the bug hunts: a number per state, values of 0 at first."""
+    return policy.with_head(ScalarGPT)
+
+
 def critic_with_optimizer(critic_and_optimizer):
     """ppo.start_critic, whose critic brings the reader's optimizer along."""
     def start_critic(config, policy, device):
@@ -153,6 +159,9 @@ def in_place(module, name, part):
 
 # --- the runs -----------------------------------------------------------------------------------------------------
 
+# The policy moves slowly enough for a critic that starts from values of 0, which gets four updates per step.
+FRESH_CRITIC = dict(critic="sft", critic_lr=1e-3, lr=1e-4)
+OF_CRITICS = ("accuracy", "value", "explained_variance", "grad_norm")       # panels
 SWAPS = {
     1: Swap(grpo, lambda m: dict(advantage=m.group_advantages)),
     2: Swap(grpo, lambda m: dict(collect=with_mask(m.completion_mask))),
@@ -174,16 +183,15 @@ SWAPS = {
              in_place=lambda m: dict(copy=SimpleNamespace(deepcopy=m.reference_of))),
     14: Swap(grpo, lambda m: dict(loss=with_penalty(m.policy_loss), kl=m.penalty), dict(beta=2.0)),
     15: Swap(grpo, lambda m: dict(advantage=m.group_advantages, loss=with_penalty(m.policy_loss))),
-    16: Swap(ppo, lambda m: dict(advantage=m.gae), panels=("accuracy", "value", "explained_variance", "grad_norm"),
-             in_place=lambda m: dict(value_loss=m.value_loss)),
+    16: Swap(ppo, lambda m: dict(advantage=m.gae), FRESH_CRITIC, OF_CRITICS,
+             in_place=lambda m: dict(value_loss=m.value_loss), both=dict(start_critic=plain_critic)),
     17: Swap(grpo, lambda m: dict(advantage=m.group_advantages),
              dict(prompts_per_step=10, group_size=12, scale_advantages=True),
              ("accuracy", "equal_groups", "grad_norm", "kl"), both=dict(reward=graded)),
     18: Swap(grpo, lambda m: dict(loss=with_penalty(m.policy_loss)), dict(epochs=2, minibatches=4, lr=1e-3),
              ("accuracy", "clip_high", "clip_low", "kl")),
-    19: Swap(ppo, lambda m: dict(start_critic=critic_with_optimizer(m.critic_and_optimizer)),
-             panels=("accuracy", "value", "explained_variance", "grad_norm"),
-             in_place=lambda m: dict(optimizer_for=optimizer_brought)),
+    19: Swap(ppo, lambda m: dict(start_critic=critic_with_optimizer(m.critic_and_optimizer)), FRESH_CRITIC, OF_CRITICS,
+             in_place=lambda m: dict(optimizer_for=optimizer_brought), both=dict(start_critic=plain_critic)),
 }
 REFERENCE = {9: "the reward `correct`", 11: "the reward `correct`, whose own reward is drawn"}
 
