@@ -27,6 +27,7 @@ from grpo_min.run.data import batch_rows
 from grpo_min.run.files import DATA, save_file
 from grpo_min.run.fit import fit
 from grpo_min.run.metrics import Clock, explained_variance
+from grpo_min.run.ranks import RANK
 from grpo_min.run.rng import generator
 
 
@@ -187,8 +188,10 @@ def train(config, reward=None, kind=Critic, beside=None):
 
     def loss_at(step):
         clock.lap("update")  # of the step before
-        number, = batch_rows(config.batches, 1, config.seed, step)
-        _, prompts, rollout, rewards = sampled(number)
+        epoch, index = divmod(step, config.batches)
+        shuffle = generator(config.seed, epoch, rank=0)
+        order = torch.randperm(config.batches, generator=shuffle)
+        _, prompts, rollout, rewards = sampled(order[index].item())
         clock.lap("sample")
         values = critic.values(prompts, rollout.completion_ids, rollout.mask)  # (B, N)
         error = (values - rewards[:, None])[rollout.mask]  # (n,)
@@ -224,6 +227,8 @@ def main(argv=None):
     config = parse(CriticConfig, argv)
     _, figures, rows = train(config)
     figures.update(costs(config, rows))
+    if RANK > 0:
+        return
     print("\nof the variance of the rewards of held-out prompts the critic explains "
           f"{figures['explained']:.3f}, and {figures['explainable']:.3f} can be explained\n"
           f"{figures['completions']} completions in {figures['seconds_sample']:.0f} s, "

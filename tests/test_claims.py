@@ -210,8 +210,8 @@ def tuned(column):
             if row[column] != ""}
 
 
-@under("tuning", "No setting has more than {} points of accuracy above the defaults on arithmetic, or {} of gold score on "
-       "the animals.")
+@under("tuning", "No setting has more than {} points of accuracy above the defaults on arithmetic, or {} of gold score "
+       "on the animals.")
 def nothing_gains():
     quality, gains = tuned("quality"), {"arithmetic": [], "animals": []}
     for (task, algorithm, _), reached in quality.items():

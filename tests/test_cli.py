@@ -17,7 +17,9 @@ import signal
 import subprocess
 import sys
 import types
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Timer
 
 import pytest
 import torch
@@ -694,3 +696,6 @@ def test_a_call_in_a_process_of_its_own():
         in_own_process(sft.train, sft.SFTConfig(run="", steps=0))
     with pytest.raises(UserError, match="killed"):
         in_own_process(os._exit, 1)
+    before = Future()
+    Timer(0.2, before.set_result, [-5]).start()
+    assert in_own_process(abs, before) == 5, "what another call returns is waited for"

@@ -32,7 +32,7 @@ def room(name):
 
 # --- sizes --------------------------------------------------------------------------------------------------------
 
-LIMITS = {"core": 2530, "run": 1100, "lab": 3540}      # lines; all files are counted
+LIMITS = {"core": 2540, "run": 1100, "lab": 3560}      # lines; all files are counted
 WIDTHS = {"core": 92, "run": 92, "lab": 120}
 
 

@@ -82,8 +82,9 @@ def steps_of(loop, config, layers, width, prompts, prompt_length, group_size, ne
     config_class = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig}[loop]
     path = Path(config.out) / f"prompts-{prompt_length}.jsonl"
     save_file(path, "\n".join(json.dumps(dict(prompt=text)) for text in random_words(prompt_length)).encode())
+    critic = dict(critic="sft", critic_minibatches=1) if loop is ppo else {}
     settings = config_class(run="", steps=config.steps, prompts_per_step=prompts, group_size=group_size,
-                            max_new_tokens=new, device=config.device, prompts=str(path))
+                            max_new_tokens=new, device=config.device, prompts=str(path), **critic)
     with contextlib.redirect_stdout(io.StringIO()):
         _, rows = loop.train(settings, reward=lambda prompts, completions, **columns: [len(c) % 7 for c in completions],
                              model=endless(layers, width).to(pick_device(config.device)))
@@ -114,7 +115,8 @@ def products(layers, width, prompts, prompt_length, group_size, new):
         sample += attention(rows * heads, 1, prompt_length + t)
     trunk = prompt + linear(rows * (new - 1)) + attention(rows * heads, new - 1, prompt_length + new - 1)
     score = trunk + head(1, rows * new)
-    return dict(sample=sample, score=score, update=with_gradient(score), critic=trunk + with_gradient(trunk))
+    values = trunk + [(1, 1, rows * (new - 1), width, width)]
+    return dict(sample=sample, score=score, update=with_gradient(score), critic=values + with_gradient(values))
 
 
 def with_gradient(products):

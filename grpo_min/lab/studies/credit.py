@@ -199,12 +199,17 @@ def train_arm(config, cell, arm, G, model, warm, seed, steps):
                 end=float(np.mean(rewards[-5:])), explained=float(np.mean(explained)) if explained else "")
 
 
+def plain(config, policy, device):
+    """A critic with a number per state, all of them 0 at first."""
+    return policy.with_head(ScalarGPT)
+
+
 def critic_of(arm, true_reward):
     """Which critic an arm starts with."""
     if "oracle" in arm:
         return functools.partial(critic.Oracle, reward=true_reward)
     if "untrained" in arm:
-        return lambda config, policy, device: policy.with_head(ScalarGPT)
+        return plain
     return ppo.start_critic
 
 

@@ -32,11 +32,13 @@ HEADS = {                 # label: (class, weight of the language model's loss b
 TASKS = ["arithmetic", "animals", "4 digits", "8 digits", "16 digits"]
 UPDATES = [100, 400]
 TRAINED, FRESH, NO_CRITIC, HEAD_ALONE = "trained before", "values of 0", "no critic (GRPO)", "shared trunk, head alone"
+PLAIN = "a number per state, values of 0, critic_lr 0.001"
 STARTS = {                # label: settings of PPO
     TRAINED: {},
     NO_CRITIC: {},
     FRESH: dict(critic="sft"),
     "values of 0, critic_lr 0.003": dict(critic="sft", critic_lr=3e-3),
+    PLAIN: dict(critic="sft", critic_lr=1e-3),
     **{f"shared trunk, critic_lr {lr:g}": dict(critic="sft", critic_lr=lr) for lr in (1e-5, 3e-5, 1e-4, 3e-4)},
     HEAD_ALONE: dict(critic="sft", critic_lr=3e-3),
 }
@@ -142,7 +144,8 @@ def train_with(config, label, seed, steps):
     if label == NO_CRITIC:
         train_policy, settings = grpo.train, grpo.GRPOConfig(**settings)
     else:
-        start = {HEAD_ALONE: head_alone}.get(label, shared_trunk if "shared" in label else ppo.start_critic)
+        other = shared_trunk if "shared" in label else ppo.start_critic
+        start = {HEAD_ALONE: head_alone, PLAIN: credit.plain}.get(label, other)
         train_policy = functools.partial(ppo.train, start_critic=start)
         settings = ppo.PPOConfig(**settings, **STARTS[label])
     policy, metrics = train_or_reuse(train_policy, settings)
