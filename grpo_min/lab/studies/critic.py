@@ -168,24 +168,25 @@ def model_state(policy, settings, label):
 
 def plot_critics(learned, rows, curves, path):
     """What critics explain after their training, and along the runs of PPO; and the accuracy at the end."""
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5))
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(16, 4.5), width_ratios=[1.2, 1, 1])
     for (head,), group in grouped(learned, "head").items():
         last = [row for row in group if row["updates"] == learned[-1]["updates"]]
-        left.plot([row["task"] for row in last], [row["share"] or 0 for row in last], "o-", label=head)
-    left.axhline(0, color="grey", lw=1)
-    left.set(xlabel="task", ylabel=f"share of the explainable, {learned[-1]['updates']} updates", ylim=(-0.2, 1.5))
+        left.plot([row["share"] or 0 for row in last], [row["task"] for row in last], "o", label=head, alpha=0.7)
+    left.invert_yaxis()
+    left.set(xlabel=f"share of the explainable, after {learned[-1]['updates']} updates", xlim=(-0.1, 1.1))
     for position, ((label,), group) in enumerate(grouped(rows, "setting").items()):
-        colour = "grey"
+        colour = "black"
         if label != NO_CRITIC:
-            explained = np.array(seed_curves(curves, label, "explained_variance"))  # (seeds, steps)
-            y = np.array([smooth(values) for values in np.where(explained == "", 0, explained).astype(float)])
-            colour = plot_band(middle, seed_curves(curves, label, "completions")[0], y, label)
+            y = []                          # (seeds, steps)
+            for values in seed_curves(curves, label, "explained_variance"):
+                y.append(smooth([value or 0 for value in values]))              # "": all rewards of a step were equal
+            colour = plot_band(middle, seed_curves(curves, label, "completions")[0], np.array(y), label)
         right.plot([row["accuracy"] for row in group], [position] * len(group), "o", color=colour)
     middle.axhline(0, color="grey", lw=1)
     middle.set(xlabel="completions sampled", ylabel="explained variance (mean of 5 steps; band: all seeds)",
                ylim=(-1, 1))
     names = list(dict.fromkeys(row["setting"] for row in rows))
-    right.set(xlabel="validation accuracy after training, each seed", yticks=range(len(names)), yticklabels=names)
+    right.set(xlabel="validation accuracy, each seed", yticks=range(len(names)), yticklabels=names)
     right.invert_yaxis()
-    left.legend(frameon=False, fontsize=8, loc="upper left")
+    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.1, 1))
     finish(figure, path)
