@@ -145,8 +145,8 @@ def to_the_goal(reward):
     return [GOALS[reward], f"{needed['GRPO']:.0f}", f"{needed['PPO']:.0f}", warm["completions"]]
 
 
-@under("comparison-correct", "To a reward of {} GRPO takes {} completions and PPO {}, not counting the {} from which its "
-       "critic has learned before.")
+@under("comparison-correct", "To a reward of {} GRPO takes {} completions and PPO {}, not counting the {} from which "
+       "its critic has learned before.")
 def goal_on_arithmetic():
     return to_the_goal("correct")
 
@@ -158,8 +158,8 @@ def both_end_alike_on_animals():
     return [percent(way[name]) for name in ("GRPO", "PPO")]
 
 
-@under("comparison-learned", "To a reward of {} GRPO takes {} completions and PPO {}, not counting the {} from which its "
-       "critic has learned before.")
+@under("comparison-learned", "To a reward of {} GRPO takes {} completions and PPO {}, not counting the {} from which "
+       "its critic has learned before.")
 def goal_on_animals():
     return to_the_goal("learned")
 
@@ -349,8 +349,8 @@ def best_constant():
 
 
 @under("baselines-gradients", "With the critic's values the gradient is less noisy than with the group's mean at the "
-       "start, {} against {}, and after `15` steps, {} against {}, although the critic explains nothing any more by then; "
-       "at the end no difference is shown.")
+       "start, {} against {}, and after `15` steps, {} against {}, although the critic explains nothing any more by "
+       "then; at the end no difference is shown.")
 def noise_of_the_critic():
     critic, mean = gradients()["critic"], gradients()[GROUP_MEAN]
     assert all(row["more_signal_low"] > 0 for row in critic[:2]) and critic[1]["steps"] == 15
