@@ -164,13 +164,14 @@ def goal_on_animals():
     return to_the_goal("learned")
 
 
-@under("comparison-learned", "`PPO 256x1` gets further, {}, and its worst seed has more gold than the best of GRPO, "
-       "{} against {}.")
-def natural_ppo_gets_further():
-    way, gold = (compared("learned", "animals_test", figure) for figure in ("progress", "gold"))
-    worst, best = min(gold["PPO 256x1"]), max(gold["GRPO"])
-    assert worst > best
-    return percent(np.mean(way["PPO 256x1"])), f"{worst:.2f}", f"{best:.2f}"
+@under("comparison-learned", "`PPO 256x1` gets there in fewer completions than GRPO with every seed, {}, and ends no "
+       "higher: {} of the way.")
+def natural_ppo_gets_there_first():
+    rows = [row for row in json.loads(read(RESULTS / "comparison-learned.json")) if "run" in row]
+    needed, gold = column_by(rows, "algorithm", "goal_completions"), compared("learned", "animals_test", "gold")
+    assert max(needed["PPO 256x1"]) < min(needed["GRPO"]) and np.mean(gold["PPO 256x1"]) <= np.mean(gold["GRPO"])
+    way = means(compared("learned", "animals_test", "progress"))
+    return f"{np.mean(needed['PPO 256x1']):.0f}", percent(way["PPO 256x1"])
 
 
 @under("comparison-learned", "It has {} prompts in a step in place of {}, so this is not about the critic alone.")
@@ -207,22 +208,18 @@ def second_time():
     return dict(arithmetic=arithmetic, animals=animals)
 
 
-@under("again", "On arithmetic GRPO has {} and PPO {}, where it was {} and {} above.")
-def arithmetic_again():
-    return [percent(share["arithmetic"][name]) for share in (second_time(), first_time()) for name in ("GRPO", "PPO")]
-
-
-@under("again", "On the animals they cover {} and {} of the way, where it was {} and {}.")
-def animals_again():
-    return [percent(share["animals"][name]) for share in (second_time(), first_time()) for name in ("GRPO", "PPO")]
+@under("again", "On arithmetic GRPO has {}, where it was {} above; on the animals it covers {} of the way, where it "
+       "was {}.")
+def grpo_again():
+    shares = second_time(), first_time()
+    return [percent(share[task]["GRPO"]) for task in ("arithmetic", "animals") for share in shares]
 
 
 @under("again", "So the luck of the first three stages is larger than the difference between the two algorithms.")
 def luck_of_the_first_stages():
     first, second = first_time(), second_time()
     for task in first:
-        between = max(abs(share[task]["GRPO"] - share[task]["PPO"]) for share in (first, second))
-        assert all(abs(first[task][name] - second[task][name]) > between for name in ("GRPO", "PPO"))
+        assert abs(first[task]["GRPO"] - second[task]["GRPO"]) > abs(first[task]["GRPO"] - first[task]["PPO"])
     return ()
 
 
