@@ -200,7 +200,7 @@ def train(config, reward=None, kind=Critic, beside=None):
         return loss, seconds
 
     metrics = fit(config, critic, [config.sft, *files], loss_at, config.weight_decay)
-    kept = kept[:4 * config.batches]  # after a smoke test a few will do
+    kept = kept[:4 * config.steps]  # after a smoke test a few will do
     return critic, judge(config, policy, critic, reward, kept), metrics
 
 

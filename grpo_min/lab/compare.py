@@ -21,7 +21,7 @@ from grpo_min import critic, grpo, ppo
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.lab.processes import beside_each_other, train_or_reuse
-from grpo_min.lab.report import PHASES, plot_learning, state_bytes, tables, to_goal, write_comparison
+from grpo_min.lab.report import ORACLE, PHASES, plot_learning, state_bytes, tables, to_goal, write_comparison
 from grpo_min.model import ScalarGPT
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
@@ -31,7 +31,7 @@ ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "GRPO": (grpo.train, grpo.GRPOConfig, {}),
     "PPO": (ppo.train, ppo.PPOConfig, {}),
     "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
-    "PPO oracle": (functools.partial(ppo.train, start_critic=critic.Oracle), ppo.PPOConfig,
+    ORACLE: (functools.partial(ppo.train, start_critic=critic.Oracle), ppo.PPOConfig,
                    dict(critic="sft", critic_epochs=0)),
 }
 LEARNED_VALUES = ["PPO", "PPO 256x1"]      # their critic is trained before

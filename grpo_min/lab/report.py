@@ -21,6 +21,7 @@ from grpo_min.sample import ask
 RESULTS = DATA.parent / "tutorials" / "results"        # what is committed
 QUESTIONS = ["start with 3, times 9, minus 7, plus 8.", "start with 6, plus 8, times 3.",
              "hello! what does a cow eat?", "please tell me, what is a young swan called?"]
+ORACLE = "PPO oracle"
 PHASES = ["sample", "score", "critic", "update"]        # of a step, each with its seconds
 CURVES = ["step", "completions", "reward", "accuracy", "thinking", "kl", "length", "entropy", "explained_variance",
           "explainable_variance", *(f"seconds_{phase}" for phase in PHASES)]             # kept in comparison-*.csv
@@ -48,7 +49,7 @@ def state_bytes(policy, config):
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     trained = weights
     state = {"policy": weights, "reference": weights if config.beta > 0 else 0}
-    if isinstance(config, PPOConfig):
+    if isinstance(config, PPOConfig) and config.critic_epochs:             # an oracle has nothing to train
         width = policy.config.width
         state["critic"] = weights + (width + 1) * (width + 1) * 4          # the trunk, and what makes values of states
         trained += state["critic"]
@@ -200,6 +201,7 @@ def to_goal(rows, reward):
 def plot_comparison(runs, path):
     """Algorithms side by side: a line per seed, smoothed over 5 steps; seconds per step, and model state."""
     groups = by_algorithm(runs)
+    quick = [run for run in runs if run["algorithm"] != ORACLE] or runs       # its seconds would hide the others'
     colours = dict(zip(groups, plt.rcParams["axes.prop_cycle"].by_key()["color"]))
     figure, axes = plt.subplots(2, 4, figsize=(14, 6))
     curves = [("reward", "completions", "reward"), ("reward", "seconds", "reward"),
@@ -207,7 +209,7 @@ def plot_comparison(runs, path):
               ("length", "completions", "completion length (tokens)"),
               ("explained_variance", "completions", "share of the returns' variance\nthat the critic explains")]
     for axis, (column, against, label) in zip(axes.flat, curves):
-        for run in runs:
+        for run in quick if against == "seconds" else runs:
             rows = [row for row in run["rows"] if row.get(column, "") != ""]
             if not rows:                    # no critic
                 continue
@@ -217,13 +219,14 @@ def plot_comparison(runs, path):
             axis.plot(x, smooth([row[column] for row in rows]), color=colours[run["algorithm"]], lw=1.2, alpha=0.8)
         axis.set(xlabel="seconds of training" if against == "seconds" else "completions sampled", ylabel=label)
     seconds, state = {}, {}
-    for group in groups.values():
+    bars = by_algorithm(quick)
+    for group in bars.values():
         for phase in PHASES:
             seconds.setdefault(phase, []).append(np.mean([run["seconds"][phase] for run in group]))
-    for part in max((group[0]["state_bytes"] for group in groups.values()), key=len):
-        state[part] = [group[0]["state_bytes"].get(part, 0) / 1e6 for group in groups.values()]
-    stacked(axes[1, 1], list(groups), seconds, "seconds per step")
-    stacked(axes[1, 2], list(groups), state, "model state (MB)")
+    for part in max((group[0]["state_bytes"] for group in bars.values()), key=len):
+        state[part] = [group[0]["state_bytes"].get(part, 0) / 1e6 for group in bars.values()]
+    stacked(axes[1, 1], list(bars), seconds, "seconds per step")
+    stacked(axes[1, 2], list(bars), state, "model state (MB)")
     handles = [plt.Line2D([], [], color=colour, label=algorithm) for algorithm, colour in colours.items()]
     axes[1, 3].axis("off")
     axes[1, 3].legend(handles=handles, loc="center", frameon=False, title="one line per seed", fontsize=11)

@@ -141,10 +141,6 @@ def last_of(metrics, name):
     return windows(metrics, name)[-1]
 
 
-def best_of(metrics, name):
-    return max(windows(metrics, name), key=lambda value: value if value is not None else 0)
-
-
 def seconds_of(metrics):
     """What the phases of all steps took."""
     return sum(row[key] for row in metrics for key in row if key.startswith("seconds"))

@@ -35,11 +35,11 @@ COMPLETIONS, STEPS = 128, 40                      # of a step, of a run
 LENGTHS, NOISES = [2, 4, 8, 16, 32], [0, 1, 3]    # noise: times the standard deviation of the SFT model's reward
 GROUPS = [2, 4, 8, 16, 32, 64]
 GOALS = {"share": 0.75, "all": 0.5}                # the reward without its noise, mean of 5 steps
-GRPO, PPO, ORACLE = "GRPO", "PPO", "PPO, oracle"
+GRPO, PPO, PPO_0, ORACLE = "GRPO", "PPO", "PPO, lambda 0", "PPO, oracle"
 ARMS = {                                          # label: settings
     GRPO: {}, "no baseline": {}, PPO: {},
     "PPO, one completion per prompt": {},
-    "PPO, lambda 1": dict(lam=1.0), "PPO, lambda 0.5": dict(lam=0.5), "PPO, lambda 0": dict(lam=0.0),
+    "PPO, lambda 1": dict(lam=1.0), "PPO, lambda 0.5": dict(lam=0.5), PPO_0: dict(lam=0.0),
     # As people start one: values of 0 from a scalar head, one update for a batch.
     "PPO, untrained critic": dict(critic="sft", critic_lr=5e-3, critic_minibatches=1),
     ORACLE: dict(critic="sft", critic_epochs=0), "PPO, oracle, lambda 0": dict(critic="sft", critic_epochs=0, lam=0.0),
@@ -50,7 +50,7 @@ def study(config):
     cells = [(n, "share", noise) for n in sized(config, LENGTHS, [2]) for noise in sized(config, NOISES, [0])]
     dials = sized(config, [(8, "share", 0), (8, "share", 3)], cells)
     whole = sized(config, [(2, "all", 0), (4, "all", 0)], [])
-    jobs = [(cell, arm, 8) for cell in cells for arm in (GRPO, PPO)]
+    jobs = [(cell, arm, 8) for cell in cells for arm in (GRPO, PPO, PPO_0)]
     jobs += [(cell, arm, 8) for cell in dials for arm in ARMS]
     jobs += [(dials[0], arm, G) for G in sized(config, GROUPS, [2]) for arm in (GRPO, PPO)]
     jobs += [(cell, arm, 8) for cell in whole for arm in (GRPO, "no baseline", PPO, ORACLE)]
@@ -62,7 +62,7 @@ def study(config):
     quiet = [cell for cell in cells if cell[2] in (0, NOISES[-1])]
     noise = sum(run_jobs(config, gradient_noise, [(cell, models[cell[0]], critics[cell]) for cell in quiet]), [])
     rows = sum(run_jobs(config, run_seeds, [(*job, models[job[0][0]], critics[job[0]]) for job in jobs]), [])
-    lines = ["Completions to the goal, of GRPO and of PPO, and with how many seeds PPO needs fewer:", ""]
+    lines = ["Completions to the goal, and with how many seeds PPO needs fewer than GRPO:", ""]
     lines += map_table(rows, critics) + ["", "All that was tried, with groups of 8:", ""]
     lines += arms_table([row for row in rows if row["G"] == 8 and cell_of(row) in dials + whole])
     lines += ["", "Group size, at 8 digits and without noise:", ""]
@@ -249,24 +249,25 @@ def gradient_noise(config, cell, model, warm):
 
 # --- tables and the map -------------------------------------------------------------------------------------------
 
-def pairs_of(rows):
-    """{(n, noise): (completions of GRPO, of PPO)}, a number of each seed, where the reward is a share, groups of 8."""
-    pairs = {}
-    for (n, noise), group in grouped([row for row in rows if row["kind"] == "share" and row["G"] == 8],
-                                     "n", "noise").items():
-        completions = column_by(group, "arm", "completions")
-        pairs[n, noise] = completions[GRPO], completions[PPO]
-    return pairs
+def completions_of(rows):
+    """{(n, noise): {arm: completions of each seed}}, where the reward is a share, with groups of 8."""
+    rows = [row for row in rows if row["kind"] == "share" and row["G"] == 8]
+    return {cell: column_by(group, "arm", "completions") for cell, group in grouped(rows, "n", "noise").items()}
+
+
+def fewer(first, second):
+    """With how many seeds the second needs fewer."""
+    return sum(b < a for a, b in zip(first, second))
 
 
 def map_table(rows, critics):
     lines = []
-    for (n, noise), (first, second) in pairs_of(rows).items():
-        warm = critics[n, "share", noise]
-        fewer = sum(b < a for a, b in zip(first, second))
-        lines.append([str(n), str(noise), spread(first, "{:.0f}"), spread(second, "{:.0f}"), f"{fewer} of {len(first)}",
-                      str(warm["completions"]), f"{warm['explained']:.2f}", f"{warm['explainable']:.2f}"])
-    return table(["digits", "noise", "GRPO", "PPO", "PPO needs fewer", "before PPO, for its critic", "which explains",
+    for (n, noise), arms in completions_of(rows).items():
+        warm, cells = critics[n, "share", noise], [str(n), str(noise), spread(arms[GRPO], "{:.0f}")]
+        for arm in (PPO, PPO_0):
+            cells += [spread(arms[arm], "{:.0f}"), f"{fewer(arms[GRPO], arms[arm])} of {len(arms[arm])}"]
+        lines.append([*cells, str(warm["completions"]), f"{warm['explained']:.2f}", f"{warm['explainable']:.2f}"])
+    return table(["digits", "noise", GRPO, PPO, "fewer", PPO_0, "fewer", "before PPO, for its critic", "which explains",
                   "of an explainable"], lines)
 
 
@@ -304,24 +305,25 @@ def noise_table(rows):
 
 def plot_map(rows, critics, path):
     """Which needs fewer completions, over digits and noise: of RL alone, and with those that the critic saw before."""
-    pairs = pairs_of(rows)
-    lengths, noises = (list(dict.fromkeys(keys)) for keys in zip(*pairs))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 4.2), sharey=True)
-    for axis, counted in zip(axes, (False, True)):
+    cells = completions_of(rows)
+    lengths, noises = (list(dict.fromkeys(keys)) for keys in zip(*cells))
+    figure, axes = plt.subplots(1, 3, figsize=(16, 4.2), sharey=True)
+    for axis, arm, counted in zip(axes, (PPO, PPO_0, PPO_0), (False, False, True)):
         ratios = np.full((len(noises), len(lengths)), np.nan)
-        for (n, noise), (first, second) in pairs.items():
+        for (n, noise), arms in cells.items():
             before = critics[n, "share", noise]["completions"] if counted else 0
+            first, second = arms[GRPO], [number + before for number in arms[arm]]
             x, y = lengths.index(n), noises.index(noise)
-            ratios[y, x] = np.log2(np.mean(first) / (np.mean(second) + before))
-            fewer = sum(b + before < a for a, b in zip(first, second))
-            better, wins = ("PPO", fewer) if ratios[y, x] > 0 else ("GRPO", len(first) - fewer)
-            axis.text(x, y, f"{better}\n{2 ** abs(ratios[y, x]):.2f} x\n{wins} of {len(first)}", ha="center",
-                      va="center")
-        image = axis.imshow(ratios, cmap="PuOr", vmin=-1, vmax=1, aspect="auto", origin="lower")
+            ratio = ratios[y, x] = np.log2(np.mean(first) / np.mean(second))
+            better, wins = ("PPO", fewer(first, second)) if ratio > 0 else ("GRPO", fewer(second, first))
+            axis.text(x, y, f"{better if ratio else 'alike'}\n{2 ** abs(ratio):.2f} x\n{wins} of {len(first)}",
+                      ha="center", va="center", color="white" if abs(ratio) > 1.2 else "black")
+        image = axis.imshow(ratios, cmap="PuOr", vmin=-2, vmax=2, aspect="auto", origin="lower")
         axis.set(xticks=range(len(lengths)), xticklabels=lengths, yticks=range(len(noises)), yticklabels=noises,
-                 xlabel="digits to answer", title="with the completions of the critic's training" if counted else
-                 "completions of RL alone")
+                 xlabel="digits to answer",
+                 title=f"GRPO and {arm}" + (", with its critic's completions" if counted else ""))
     axes[0].set(ylabel="noise (standard deviations of the reward)")
-    bar = figure.colorbar(image, ax=axes[1], ticks=[-1, 0, 1])
-    bar.ax.set_yticklabels(["GRPO needs\nhalf as many", "as many", "PPO needs\nhalf as many"])
+    bar = figure.colorbar(image, ax=axes[2], ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["GRPO needs\na quarter", "GRPO needs\nhalf", "as many", "PPO needs\nhalf",
+                            "PPO needs\na quarter"])
     finish(figure, path)
