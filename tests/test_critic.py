@@ -13,6 +13,7 @@ import torch
 
 from grpo_min import critic as stage, ppo
 from grpo_min.critic import Critic, CriticConfig, Oracle, critic_metrics, explainable_share, sampled_values
+from grpo_min.lab import compare
 from grpo_min.rollout import Prompts, Rollout
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import UserError
@@ -245,6 +246,23 @@ def test_the_oracle_s_values_are_those_by_sampling(tmp_path, monkeypatch):
     assert rollout.completion_ids is ids and rollout.mask is mask
     oracle.values(PROMPTS, ids + 1, mask)
     assert calls[0][0][-1] != name, "other random numbers in the next batch"
+
+
+def test_the_comparison_s_oracle_asks_the_reward_model_once_for_each_answer(tmp_path, monkeypatch):
+    asked, found, config = [], [], tiny.settings(ppo, tmp_path, reward="learned")
+
+    def reward(prompts, completions, finished, **columns):
+        asked.extend(zip(prompts, completions, finished))
+        return [len(text) + 0.5 * end for text, end in zip(completions, finished)]
+    monkeypatch.setattr(compare, "load_reward", lambda *arguments: (reward, None, None))
+    mask = torch.tensor([[True, True, True], [True, True, False]] * 2)
+    for oracle in functools.partial(Oracle, reward=reward), compare.oracle:
+        values = oracle(config, tiny.gpt(), torch.device("cpu")).values(PROMPTS, torch.full((4, 3), 300), mask)
+        found.append((values, list(asked)))
+        asked.clear()
+    (plain, again), (values, once) = found
+    assert torch.equal(values, plain) and (values[mask] > 0).all()
+    assert set(once) == set(again) and len(once) == len(set(again)) < len(again)
 
 
 # --- the training before RL ---------------------------------------------------------------------------------------

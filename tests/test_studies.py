@@ -113,10 +113,9 @@ def test_settings_are_told_apart_where_all_seeds_agree():
 
 
 def test_means_along_a_run():
-    metrics = [dict(x=x, seconds_a=1, seconds_b=0.5) for x in [0, 2, 4, 9]] + [dict(x="")]
-    assert common.windows(metrics, "x", 2) == [1, 3, 6.5] and common.windows(metrics, "y") == [None]
-    assert common.first_of(metrics, "x") == common.last_of(metrics, "x") == 15 / 4
-    assert common.seconds_of(metrics) == 6
+    metrics = [dict(x=x, seconds_a=1, seconds_b=0.5) for x in range(12)] + [dict(x="")]
+    assert common.first_of(metrics, "x") == 4.5 and common.last_of(metrics, "x") == 6.5
+    assert common.first_of(metrics, "y") is None and common.seconds_of(metrics) == 18
 
 
 def test_what_is_measured_of_a_policy():

@@ -23,16 +23,29 @@ from grpo_min.gold import MAXIMUM
 from grpo_min.lab.processes import beside_each_other, train_or_reuse
 from grpo_min.lab.report import ORACLE, PHASES, plot_learning, state_bytes, tables, to_goal, write_comparison
 from grpo_min.model import ScalarGPT
+from grpo_min.rewards import load_reward
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.run.files import DATA, fingerprint, make_folder, save_file
+
+
+def oracle(config, policy, device):
+    """In place of ppo.start_critic. Many continuations end alike: a reward model scores them once."""
+    reward, known = load_reward(config, None, policy, device)[0], {}
+
+    def once(*asked, finished, **columns):
+        answers = list(zip(*asked, finished))
+        new = list(dict.fromkeys(answer for answer in answers if answer not in known))
+        known.update(zip(new, reward(*zip(*new)) if new else []))
+        return [known[answer] for answer in answers]
+    return critic.Oracle(config, policy, device, once if config.reward == "learned" else None)
+
 
 ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "GRPO": (grpo.train, grpo.GRPOConfig, {}),
     "PPO": (ppo.train, ppo.PPOConfig, {}),
     "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
-    ORACLE: (functools.partial(ppo.train, start_critic=critic.Oracle), ppo.PPOConfig,
-                   dict(critic="sft", critic_epochs=0)),
+    ORACLE: (functools.partial(ppo.train, start_critic=oracle), ppo.PPOConfig, dict(critic="sft", critic_epochs=0)),
 }
 LEARNED_VALUES = ["PPO", "PPO 256x1"]      # their critic is trained before
 SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
@@ -48,7 +61,7 @@ class CompareConfig:
     run: str = option("runs/compare", "folder to write into; runs already in it are used again")
     rewards: str = option("correct,learned", "what is rewarded, separated by commas: correct (arithmetic) or learned "
                           "(animals)")
-    algorithms: str = option("GRPO,PPO,PPO 256x1", "which to run, separated by commas")
+    algorithms: str = option("GRPO,PPO,PPO 256x1", f"which to run, of {', '.join(ALGORITHMS)}; separated by commas")
     seeds: int = option(1, "seeds of the RL stage: 1 to this number")
     steps: int = option(0, "batches per run; 0: the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")

@@ -126,19 +126,14 @@ def sides(values):
     return above, below, [label for label, _ in others if label not in above + below]
 
 
-def windows(metrics, name, length=10):
-    """Means of a column over each `length` steps in a row; [None] where it was not measured."""
-    values = [row[name] for row in metrics if row.get(name, "") != ""]
-    length = min(length, len(values))
-    return [float(np.mean(values[i:i + length])) for i in range(len(values) - length + 1)] if values else [None]
-
-
 def first_of(metrics, name):
-    return windows(metrics, name)[0]
+    """Mean of the first ten numbers of a column; None where it was not measured."""
+    values = [row[name] for row in metrics if row.get(name, "") != ""][:10]
+    return float(np.mean(values)) if values else None
 
 
 def last_of(metrics, name):
-    return windows(metrics, name)[-1]
+    return first_of(metrics[::-1], name)
 
 
 def seconds_of(metrics):

@@ -12,8 +12,9 @@ import numpy as np
 from grpo_min import variants
 from grpo_min.evaluate import answers
 from grpo_min.lab.processes import train_or_reuse
-from grpo_min.lab.studies.common import (column_by, curve, grouped, last_of, plot_band, plot_seeds, run_jobs,
-                                         seconds_of, seed_curves, seed_table, seeds_of, sized, validation, windows,
+from grpo_min.lab.report import smooth
+from grpo_min.lab.studies.common import (column_by, curve, last_of, plot_band, plot_seeds, run_jobs,
+                                         seconds_of, seed_curves, seed_table, seeds_of, sized, validation,
                                          write_study)
 from grpo_min.rewards import correct
 from grpo_min.run.metrics import thinks
@@ -63,13 +64,12 @@ def train_setting(config, study, label, changes, seed):
 
 
 def plot_learning(part, rows, curves, path):
-    """Accuracy along the runs, mean of the seeds over windows of five steps, and what each seed reached at the end."""
+    """Accuracy along the runs, mean of the seeds, smoothed over five steps, and what each seed reached at the end."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), width_ratios=[3, 2])
     accuracy, colours = column_by(rows, "setting", "accuracy"), {}
     for setting in accuracy:
-        runs = grouped([row for row in curves if row["setting"] == setting], "seed").values()
-        y = np.array([windows(run, "accuracy", 5) for run in runs])  # (seeds, steps - 4)
-        x = np.mean(seed_curves(curves, setting, "completions"), axis=0)[-y.shape[1]:]
+        y = np.array([smooth(values) for values in seed_curves(curves, setting, "accuracy")])  # (seeds, steps)
+        x = np.mean(seed_curves(curves, setting, "completions"), axis=0)
         colours[setting] = plot_band(left, x, y, setting)
     left.set(xlabel="completions sampled", ylabel="accuracy in training")
     left.legend(frameon=False, title=f"{part} (mean, band: all seeds)", fontsize=8, title_fontsize=8)
