@@ -195,6 +195,18 @@ def natural_ppo_has_other_prompts():
     return ALGORITHMS["PPO 256x1"][2]["prompts_per_step"], GRPOConfig().prompts_per_step
 
 
+@under("comparison-learned", "The oracle explains {} of the variance in the last ten steps and the critic {}; it ends "
+       "at {} of the way, and no difference to GRPO is shown.")
+def the_oracle_on_animals():
+    late = [row for row in result("comparison-learned") if row["step"] >= 140]
+    explained = column_by(late, "algorithm", "explained_variance")
+    way = compared("learned", "animals_test", "progress")
+    assert sides({name: way[name] for name in ("GRPO", "PPO oracle")})[2] == ["PPO oracle"]
+    oracle, critic = (np.mean(explained[name]) for name in ("PPO oracle", "PPO"))
+    assert oracle > 2 * critic
+    return f"{oracle:.2f}", f"{critic:.2f}", percent(np.mean(way["PPO oracle"]))
+
+
 def seconds_of_stages():
     return {stage.strip("*"): int(re.search(r"\d+", seconds)[0]) for stage, seconds in table("pipeline")[2:]}
 

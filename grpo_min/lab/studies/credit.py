@@ -321,7 +321,7 @@ def plot_map(rows, critics, path):
         image = axis.imshow(ratios, cmap="PuOr", vmin=-2, vmax=2, aspect="auto", origin="lower")
         axis.set(xticks=range(len(lengths)), xticklabels=lengths, yticks=range(len(noises)), yticklabels=noises,
                  xlabel="digits to answer",
-                 title=f"GRPO and {arm}" + (", with its critic's completions" if counted else ""))
+                 title="the same, with its critic's completions" if counted else f"GRPO and {arm}")
     axes[0].set(ylabel="noise (standard deviations of the reward)")
     bar = figure.colorbar(image, ax=axes[2], ticks=[-2, -1, 0, 1, 2])
     bar.ax.set_yticklabels(["GRPO needs\na quarter", "GRPO needs\nhalf", "as many", "PPO needs\nhalf",
