@@ -166,6 +166,20 @@ def test_killed_while_a_file_is_written(loop, deadly, number, whole, tmp_path):
     assert_same_run(whole(loop, steps=10)[0], tmp_path / "run")
 
 
+def test_two_processes_may_save_the_same_file(tmp_path, monkeypatch):
+    replace, path = os.replace, tmp_path / "file.json"
+
+    def meanwhile(*names):
+        """Another process saves it, too, between our writing and our renaming."""
+        monkeypatch.setattr(os, "replace", replace)
+        monkeypatch.setattr(os, "getpid", lambda: 1)
+        files.save_file(path, b"theirs")
+        replace(*names)
+    monkeypatch.setattr(os, "replace", meanwhile)
+    files.save_file(path, b"ours")
+    assert path.read_bytes() == b"ours" and list(tmp_path.iterdir()) == [path]
+
+
 # --- the disk is full ---------------------------------------------------------------------------------------------
 
 @LOOPS

@@ -1,4 +1,4 @@
-"""GRPO and PPO on equal terms: python -m grpo_min.lab.compare --seeds 3
+"""GRPO and PPO on equal terms: python -m grpo_min.lab.compare --seeds 5
 
 Both start from the same SFT weights, see the same prompts in the same order and sample the same number of
 completions with the same random numbers; KL penalty, clipping and aggregation are the same. PPO's critic is trained
@@ -162,12 +162,12 @@ def one_run(config, algorithm, reward, seed, warm_start):
     policy, rows = train_or_reuse(train, settings)
     sft = load_model(config.sft, pick_device(config.device))
     figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
-    seconds = {}
+    seconds, held = {}, grpo.GRPOConfig(beta=settings.beta) if algorithm == ORACLE else settings    # no critic
     for phase in PHASES:
         seconds[phase] = float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
     return dict(algorithm=algorithm, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
                 completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
-                state_bytes=state_bytes(policy, settings), warm_start=warm_start, **to_goal(rows, reward))
+                state_bytes=state_bytes(policy, held), warm_start=warm_start, **to_goal(rows, reward))
 
 
 def evaluate_or_reuse(path, config, policy, opponent, reward):

@@ -49,7 +49,7 @@ def state_bytes(policy, config):
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
     trained = weights
     state = {"policy": weights, "reference": weights if config.beta > 0 else 0}
-    if isinstance(config, PPOConfig) and config.critic_epochs:             # an oracle has nothing to train
+    if isinstance(config, PPOConfig):
         width = policy.config.width
         state["critic"] = weights + (width + 1) * (width + 1) * 4          # the trunk, and what makes values of states
         trained += state["critic"]

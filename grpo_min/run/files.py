@@ -34,8 +34,11 @@ def fingerprint(path):
 
 
 def save_file(path, content):
-    """Write to a temporary file and rename it: readers see the old or the new."""
-    temporary = Path(f"{path}.tmp")
+    """Write to a temporary file and rename it: readers see the old or the new.
+
+    The temporary file has the process's number: another may save the same at this time.
+    """
+    temporary = Path(f"{path}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
