@@ -34,11 +34,8 @@ def fingerprint(path):
 
 
 def save_file(path, content):
-    """Write to a temporary file and rename it: readers see the old or the new.
-
-    The temporary file has the process's number: another may save the same at this time.
-    """
-    temporary = Path(f"{path}.{os.getpid()}.tmp")
+    """Write to a temporary file and rename it: readers see the old or the new."""
+    temporary = Path(f"{path}.{os.getpid()}.tmp")  # another process may save it, too
     try:
         temporary.write_bytes(content)
         os.replace(temporary, path)
