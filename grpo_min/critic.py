@@ -11,6 +11,7 @@ more of the variance of the rewards than that.
 """
 import functools
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,8 +83,9 @@ class Critic(ScalarGPT):
 def sampled_values(config, policy, reward, batch, prompts, rollout, copies, name):
     """Values by sampling: the mean reward of new continuations of each state (B, N).
 
-    copies of them, as in VinePPO (2410.01679). 0 in columns after a completion's end. name:
-    of the random numbers. All states of a column are sampled together.
+    copies of them, as in VinePPO (2410.01679). 0 in columns after a completion's end, NaN
+    where none was judged. name: of the random numbers. All states of a column are sampled
+    together.
     """
     values = torch.zeros_like(rollout.logprobs)  # (B, N)
     group_size = len(values) // len(batch)
@@ -100,7 +102,8 @@ def sampled_values(config, policy, reward, batch, prompts, rollout, copies, name
         whole = Rollout(torch.cat([before, new.completion_ids], dim=1),
                         torch.cat([before >= 0, new.mask], dim=1), None, new.finished)
         scores, _ = score(reward, [batch[q] for q in of], whole, copies, policy.tokenizer)
-        values[rows, column] = scores.view(-1, copies).mean(dim=1)  # (n,)
+        judged = whole.mask.view(-1, copies * whole.mask.shape[1]).any(dim=1)  # (n,)
+        values[rows, column] = scores.view(-1, copies).mean(dim=1).where(judged, math.nan)
     return values
 
 
@@ -120,9 +123,10 @@ class Oracle(nn.Module):
     def values(self, prompts, completion_ids, mask):
         """As a critic's (B, N)."""
         batch = [self.rows[text] for text in prompts.texts]
-        rollout = Rollout(completion_ids, mask, torch.zeros(mask.shape), None)
-        return sampled_values(*self.settings, batch, prompts, rollout, self.copies,
-                              f"oracle {completion_ids.sum()}")
+        rollout = Rollout(completion_ids, mask, mask * 0.0, None)
+        values = sampled_values(*self.settings, batch, prompts, rollout, self.copies,
+                                f"oracle {completion_ids.sum()}")
+        return values.nan_to_num()
 
 
 def explainable_variance(config, policy, reward, batch, prompts, rollout, rewards, step):
@@ -133,8 +137,8 @@ def explainable_variance(config, policy, reward, batch, prompts, rollout, reward
     """
     second = sampled_values(config, policy, reward, batch, prompts, rollout, 1,
                             f"ruler {step}")  # (B, N)
-    first = rewards[:, None].expand_as(second)  # (B, N)
-    return explainable_share(first[rollout.mask], second[rollout.mask])
+    first, known = rewards[:, None].expand_as(second), second.isfinite()  # (B, N) each
+    return explainable_share(first[rollout.mask & known], second[rollout.mask & known])
 
 
 def explainable_share(first, second):

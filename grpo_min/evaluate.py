@@ -25,10 +25,13 @@ from grpo_min.task import load_task
 
 FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
 
+SPLITS = ["val", "test", "longer"]
+
 
 def interval(values, resamples=1000):
     """[mean, low, high] of n values: the 95% bootstrap interval (Efron, 1979), seed 0."""
     values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]  # of what a reward has judged
     rng = np.random.default_rng(0)
     means = [rng.choice(values, len(values)).mean() for _ in range(resamples)]
     return [values.mean(), *np.percentile(means, [2.5, 97.5])]
@@ -61,7 +64,11 @@ def held_out(domain, split, count=1000, data=DATA):
     if callable(domain):
         rows = domain(split)
     else:
-        rows = read_jsonl(Path(data) / f"{domain}_{split}.jsonl", FIELDS[domain])
+        files = {name: Path(data) / f"{domain}_{name}.jsonl" for name in SPLITS}
+        there = [name for name, path in files.items() if path.exists()]
+        require(split in there or not there,
+                f"--split {split}: {domain} has only {' and '.join(there)}")
+        rows = read_jsonl(files[split], FIELDS[domain])
     count = min(count, len(rows))
     return [rows[i * len(rows) // count] for i in range(count)]
 
@@ -94,6 +101,9 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0,
     """
     judge = {"arithmetic": correct, "animals": gold_score}.get(domain, domain)
 
+    def mean(scores):
+        return np.ma.masked_invalid(scores).mean(1).filled(np.nan)  # (prompts,)
+
     def per_prompt(values):
         return np.array(values, dtype=float).reshape(len(rows), -1)
 
@@ -109,7 +119,7 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0,
     scores = judged(texts, finished)  # (prompts, samples)
     greedy = judged(*answers(policy, prompts, 1, 0, max_new_tokens)[:2])  # (prompts, 1)
     name = {"arithmetic": "accuracy", "animals": "gold"}.get(domain, "reward")
-    figures = {name: scores.mean(1), f"{name}_greedy": greedy.mean(1)}
+    figures = {name: mean(scores), f"{name}_greedy": mean(greedy)}
     if domain == "animals":
         facts = [(row["animal"], row["attribute"]) for row in rows for _ in range(samples)]
         right = [is_correct(text, *fact) for text, fact in zip(texts, facts)]
@@ -148,7 +158,7 @@ class EvaluateConfig:
                        "its code is executed")
     split: str = option("test", "which prompts: val (all tuning looks here), test, or "
                         "longer (arithmetic with one operation more than was trained on)",
-                        ["val", "test", "longer"])
+                        SPLITS)
     prompts: int = option(1000, "number of prompts")
     samples: int = option(4, "answers sampled per prompt")
     temperature: float = option(1.0, "sampling temperature")

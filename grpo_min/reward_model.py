@@ -44,8 +44,9 @@ class RewardModelConfig:
                       "checkpoint of the SFT model to start from")
     preferences: str = option(str(DATA / "preferences.jsonl"),
                               "JSONL with the fields prompt, chosen and rejected")
-    heldout: str = option(str(DATA / "preferences_heldout.jsonl"), "the same, with the "
-                          "fields animal and attribute, for the evaluation")
+    heldout: str = option("", "the same, with the fields animal and attribute, for the "
+                          "evaluation; default: data/preferences_heldout.jsonl, or none "
+                          "beside --preferences of your own")
     holdout: float = option(0.0, "share of the prompts in --preferences that are not "
                             "trained on, but judged on")
     steps: int = option(2800, "updates")
@@ -93,6 +94,10 @@ def train(config):
                     len(tokenizer.encode_completion(row[side]))) for row in rows]
         require_fit(sft.config.context, lengths, config.preferences)
     rows, _ = keep_back(rows, config.holdout, config.seed)
+    equal = [row["prompt"] for row in rows if row["chosen"] == row["rejected"]]
+    if equal:
+        print(f"note: {len(equal)} of {len(rows)} choices are between equal answers and "
+              f"teach nothing; the first is on: {equal[0][:60]}")
     batch_size = min(config.batch_size, len(rows))
     passes = config.steps * batch_size / len(rows)
     if passes > 20:
@@ -181,13 +186,20 @@ def report(model, heldout, folder):
 
 def main(argv=None):
     config = parse(RewardModelConfig, argv)
-    read_heldout(config.heldout)  # a mistake in it should show before the training
+    heldout = config.heldout
+    if not heldout and config.preferences == RewardModelConfig.preferences:
+        heldout = str(DATA / "preferences_heldout.jsonl")
+    if heldout:
+        read_heldout(heldout)  # a mistake in it should show before the training
     choices = read_jsonl(config.preferences, FIELDS)
     _, kept = keep_back(choices, config.holdout, config.seed)
     model, _ = train(config)
-    report(model, config.heldout, config.run if RANK == 0 else "")
+    if heldout:
+        report(model, heldout, config.run if RANK == 0 else "")
     if kept:
         report_kept_back(model, kept, config.preferences)
+    if not heldout and not kept:
+        print("not judged: --holdout 0.2 keeps choices back for that")
 
 
 if __name__ == "__main__":

@@ -2,8 +2,10 @@
 
 prompts and completions are lists of B strings, completions without END; so are the columns:
 the fields of the prompt's row in its data file, such as `answer`, and `finished`, False
-where the length limit cut the completion. A completion is parsed, never evaluated.
+where the length limit cut the completion. A completion is parsed, never evaluated. None in
+place of a number: not judged, so that nothing is learned from this completion.
 """
+import math
 import re
 
 import torch
@@ -45,7 +47,7 @@ def weighted_sum(*parts):
         total = [0.0] * len(completions)
         for function, weight in parts:
             scores = function(prompts, completions, **columns)
-            total = [before + weight * score for before, score in zip(total, scores)]
+            total = [before + weight * (score or 0) for before, score in zip(total, scores)]
         return total
     return reward
 
@@ -109,21 +111,33 @@ def load_reward(config, reward, policy, device):
 
 
 def numbers(reward, prompts, completions, /, **columns):
-    """What a reward function says of B completions -> B finite floats, or a UserError."""
-    rewards = reward(prompts, completions, **columns)
+    """What a reward function says of B completions -> B floats, or a UserError. They are
+    finite, but for a NaN where it says None."""
+    said, judged, rewards = reward(prompts, completions, **columns), [], []
     try:
-        rewards = [float(number) for number in rewards]
+        said = list(said)
+        judged = [float(number) for number in said if number is not None]
+        rewards = [math.nan if number is None else float(number) for number in said]
     except (TypeError, ValueError):
-        rewards = []
-    require(len(rewards) == len(completions) and torch.tensor(rewards).isfinite().all(),
+        pass  # too few, then
+    require(len(rewards) == len(completions) and torch.tensor(judged).isfinite().all(),
             f"the reward function {getattr(reward, '__qualname__', '')} must return "
-            f"{len(completions)} finite numbers, one per completion")
+            f"{len(completions)} finite numbers, one per completion (None: not judged)")
     return rewards
 
 
 def score(reward, batch, rollout, group_size, tokenizer):
-    """Call a reward function on a batch (Q rows) and its rollout -> rewards (B,), texts."""
+    """Call a reward function on a batch (Q rows) and its rollout -> rewards (B,), texts.
+
+    A completion that it does not judge gets the mean reward of those of its group that it
+    does (0 if none), and its mask is cleared: no advantage, and no part in any loss.
+    """
     fields = columns([row for row in batch for _ in range(group_size)])  # B values each
     texts, finished = rollout.texts(tokenizer), rollout.finished.tolist()
     rewards = numbers(reward, fields.pop("prompt"), texts, finished=finished, **fields)
-    return torch.tensor(rewards, device=rollout.mask.device), texts
+    groups = torch.tensor(rewards, dtype=torch.float64).view(-1, group_size)  # (Q, G)
+    judged = ~groups.isnan()  # (Q, G)
+    mean = groups.nanmean(dim=1, keepdim=True).nan_to_num()  # (Q, 1)
+    rollout.mask &= judged.view(-1, 1).to(rollout.mask.device)  # (B, N)
+    rewards = groups.where(judged, mean).flatten().to(torch.get_default_dtype())  # (B,)
+    return rewards.to(rollout.mask.device), texts

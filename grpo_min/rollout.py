@@ -30,7 +30,7 @@ class Prompts:
 @dataclass
 class Rollout:
     completion_ids: torch.Tensor  # (B, N) the sampled ids, END included, then PAD
-    mask: torch.Tensor  # (B, N) True on every sampled token, END included
+    mask: torch.Tensor  # (B, N) True on every sampled token, END included, if judged
     logprobs: torch.Tensor  # (B, N) the sampler's own, 0 where the mask is False
     finished: torch.Tensor  # (B,) False where the length limit cut the completion
 
@@ -41,7 +41,7 @@ class Rollout:
 
     def at_last_token(self, scores):
         """Each completion's score on its last real token, else 0: (B,) -> (B, N)."""
-        last = self.length[:, None] - 1  # (B, 1)
+        last = (self.length[:, None] - 1).clamp(min=0)  # (B, 1)
         return torch.zeros_like(self.logprobs).scatter(1, last, scores[:, None])
 
     def texts(self, tokenizer):
@@ -80,13 +80,14 @@ def token_logprobs(policy, prompts, completion_ids, mask, temperature=1.0):
 
     And without gradient the entropy (B, N) of the distribution; both 0 where mask is False.
     """
-    states = policy.states(prompts, completion_ids[:, :-1], mask[:, 1:])[mask]  # (n, D)
+    real = mask.nonzero(as_tuple=True)  # rows and columns (n,) of the n real tokens
+    states = policy.states(prompts, completion_ids[:, :-1], mask[:, 1:])[real]  # (n, D)
     all_logprobs = policy.head(states / temperature).log_softmax(dim=-1)  # (n, V)
-    logprobs = all_logprobs.gather(1, completion_ids[mask][:, None]).squeeze(1)  # (n,)
+    logprobs = all_logprobs.gather(1, completion_ids[real][:, None]).squeeze(1)  # (n,)
     with torch.no_grad():
         entropy = -(all_logprobs.exp() * all_logprobs).sum(-1)  # (n,)
     zeros = logprobs.new_zeros(mask.shape)  # (B, N)
-    return zeros.masked_scatter(mask, logprobs), zeros.masked_scatter(mask, entropy)
+    return zeros.index_put(real, logprobs), zeros.index_put(real, entropy)
 
 
 @torch.no_grad()
@@ -113,23 +114,35 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
     temperature 0 takes the likeliest token. Uniform numbers (B, N) are drawn up front on
     the CPU, and a token is the first whose cumulative probability exceeds its number: the
     same run on every device, and no row depends on the others. UserError if it does not fit
-    into the context. plain: by the loop below, else by a faster one.
+    into the context, FloatingPointError where the policy has diverged. plain: by
+    sample_plainly, else by a faster loop.
     """
     B, N, device = len(prompts.ids) * group_size, max_new_tokens, prompts.ids.device
     longest, context = int(prompts.length.max()), policy.config.context
     require(longest + N <= context, f"{longest} prompt tokens and {N} new ones (--max-new-"
             f"tokens) do not fit into the model's context of {context}")
     uniforms = torch.rand(B, N, generator=generator).to(device)  # (B, N)
+    loop = sample_plainly
     if not plain:
         from grpo_min.run import fast
-        return Rollout(*fast.sample(policy, prompts, uniforms, temperature, choose))
+        loop = fast.sample
+    rollout = Rollout(*loop(policy, prompts, uniforms, temperature, choose))
+    if not rollout.logprobs.isfinite().all():
+        raise FloatingPointError("the policy's probabilities are no longer finite")
+    return rollout
+
+
+def sample_plainly(policy, prompts, uniforms, temperature, choose):
+    """The loop of sample: uniforms (B, N) -> completion_ids, mask, logprobs, finished."""
+    B, N, device = *uniforms.shape, uniforms.device
     pad, end = policy.tokenizer.pad, policy.tokenizer.end
     completion_ids = torch.full((B, N), pad, device=device)
     mask = torch.zeros(B, N, dtype=torch.bool, device=device)
     logprobs = torch.zeros(B, N, device=device)
     finished = torch.zeros(B, dtype=torch.bool, device=device)
-    position = prompts.length.repeat_interleave(group_size)  # (B,)
-    state, past, visible = policy.read(prompts, group_size)  # (B, D), .., (B, 1, P)
+    G = B // len(prompts.ids)
+    position = prompts.length.repeat_interleave(G)  # (B,)
+    state, past, visible = policy.read(prompts, G)  # (B, D), .., (B, 1, P)
     for t in range(N):
         going = ~finished  # (B,)
         token, logprob = choose(policy, state, temperature, uniforms[:, t])  # (B,) each
@@ -144,7 +157,7 @@ def sample(policy, prompts, group_size, max_new_tokens, temperature=1.0, generat
                                   visible[:, None])  # (B, 1, D)
         state = states[:, 0]  # (B, D)
     used = t + 1  # columns that somebody reached
-    return Rollout(completion_ids[:, :used], mask[:, :used], logprobs[:, :used], finished)
+    return completion_ids[:, :used], mask[:, :used], logprobs[:, :used], finished
 
 
 def choose(policy, state, temperature, uniforms):
@@ -163,4 +176,5 @@ def inverse_cdf(probs, uniforms):
     total = cdf[:, -1:]
     below = torch.nextafter(total, total * 0)   # rounding must not choose what has none
     target = torch.minimum(uniforms[:, None] * total, below)  # (B, 1)
-    return torch.searchsorted(cdf, target, right=True).squeeze(-1)
+    index = torch.searchsorted(cdf, target, right=True).squeeze(-1)  # (B,)
+    return index.clamp(max=cdf.shape[-1] - 1)  # beyond, if no number is finite

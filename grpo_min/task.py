@@ -39,7 +39,8 @@ def load_task(path, *names):
                 return list(contents[name](*arguments, **columns))
 
         def rows(*arguments, at_least=1):  # name[:-1] is what one is called
-            return checked_rows(call(*arguments), FIELDS[name], path, name[:-1], at_least)
+            rows = enumerate(call(*arguments), start=1)
+            return checked_rows(rows, FIELDS[name], path, name[:-1], at_least)
         call.__qualname__ = f"{name}() of {path}"
         return rows if name in FIELDS else call
     return [function(name) for name in names]

@@ -112,7 +112,7 @@ def refilled(dropped):
     rank alone. dropped: a list that is given how many groups were.
     """
     def collect(config, policy, reward, rows, step, clock):
-        batch, prompts, rollout, rewards, _ = grpo.collect(
+        batch, prompts, rollout, rewards, texts = grpo.collect(
             config, policy, reward, rows, step, clock)
         G, number_dropped = config.group_size, 0
         taken = set(batch_rows(len(rows), config.prompts_per_step, config.seed, step))
@@ -127,23 +127,25 @@ def refilled(dropped):
                 break
             fresh, others = others[:len(equal)], others[len(equal):]
             number_dropped += len(equal)
-            texts = [row["prompt"] for row in fresh]
-            prompts = Prompts.from_texts(texts, policy.tokenizer, clock.device)
+            asked = [row["prompt"] for row in fresh]
+            prompts = Prompts.from_texts(asked, policy.tokenizer, clock.device)
             new = sample(policy, prompts, G, config.max_new_tokens, config.temperature,
                          generator(f"{config.seed} refill {refill}", step))
             clock.lap("sample")
-            places = torch.tensor([q * G + g for q in equal for g in range(G)],
-                                  device=clock.device)  # (rows that are new,)
-            new_rewards, _ = score(reward, fresh, new, G, policy.tokenizer)
+            numbers = [q * G + g for q in equal for g in range(G)]
+            places = torch.tensor(numbers, device=clock.device)  # (rows that are new,)
+            new_rewards, new_texts = score(reward, fresh, new, G, policy.tokenizer)
+            for b, text in zip(numbers, new_texts):
+                texts[b] = text
             rewards = rewards.index_copy(0, places, new_rewards)  # (B,)
             rollout = replace_rows(rollout, places, new, policy.tokenizer.pad)
             for q, row in zip(equal, fresh):
                 batch[q] = row
             clock.lap("score")
         dropped.append(number_dropped)
-        texts = [row["prompt"] for row in batch]
-        prompts = Prompts.from_texts(texts, policy.tokenizer, clock.device)
-        return batch, prompts, rollout, rewards, rollout.texts(policy.tokenizer)
+        asked = [row["prompt"] for row in batch]
+        prompts = Prompts.from_texts(asked, policy.tokenizer, clock.device)
+        return batch, prompts, rollout, rewards, texts
     return collect
 
 

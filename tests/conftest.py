@@ -19,6 +19,7 @@ sys.path.insert(0, str(ROOT))      # `pytest` and `python -m pytest` alike find 
 from grpo_min.model import GPT, GPTConfig, ScalarGPT  # noqa: E402
 from grpo_min.rollout import Prompts, pad  # noqa: E402
 from grpo_min.run import plots  # noqa: E402
+from grpo_min.run.cores import cores  # noqa: E402
 from grpo_min.variants import as_options  # noqa: E402
 from tests.tiny import ASSISTANT, PAD, TOKENIZER, USER, VOCAB_SIZE, one_after_the_other  # noqa: E402
 
@@ -28,7 +29,7 @@ def pytest_cmdline_main(config):
     """The whole suite goes to a worker per core, at most 8; a worker, and what it starts, has none of its own."""
     whole = config.args_source.name != "ARGS" and "PYTEST_XDIST_WORKER" not in os.environ
     if whole and getattr(config.option, "numprocesses", 0) is None:
-        config.option.numprocesses = min(os.cpu_count(), 8)
+        config.option.numprocesses = min(cores(), 8)
         config.option.dist = "worksteal"
 
 

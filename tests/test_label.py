@@ -20,7 +20,7 @@ import torch
 from grpo_min import reward_model
 from grpo_min.evaluate import agreement, wilson
 from grpo_min.lab import label
-from grpo_min.lab.label import least_sure, on_screen, read_choices, sample_pairs, schedule
+from grpo_min.lab.label import on_screen, read_choices, sample_pairs, schedule
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.run import files
@@ -285,23 +285,6 @@ def test_the_seed_decides_what_is_shown(sit, tmp_path):
     assert sit("ssssss")[0] == views and sit("ssssss", seed=2)[0] != views
 
 
-def test_unsure_shows_the_smallest_margins_of_the_pool(sit, tmp_path, watch):
-    path, sampled = tiny.reward_checkpoint(tmp_path / "r.pt"), watch(label, "sample_pairs")
-    views, _ = sit("ssss", pick="unsure", reward_model=path, pool=5, pairs=4)
-    (_, pool), reward = sampled[0], learned(load_model(path, kind=ScalarGPT))
-    margins = sorted((abs(reward([p], [a])[0] - reward([p], [b])[0]), p, on_screen(a), on_screen(b))
-                     for p, a, b in pool)
-    assert len(pool) == 20 and margins[-1][0] > margins[4][0] + 1e-3
-    assert views == [tuple(row[1:]) for row in margins[:4]]
-
-
-def test_least_sure_by_hand():
-    scores = dict(a=0.0, b=3.0, c=-2.0, d=2.5)
-    pairs = [("p", "a", "b"), ("p", "d", "b"), ("p", "c", "a"), ("p", "c", "d")]           # margins 3, 0.5, 2, 4.5
-    found = least_sure(lambda prompts, answers: [scores[answer] for answer in answers], pairs, 2)
-    assert found == [("p", "d", "b"), ("p", "c", "a")]
-
-
 def test_pairs_that_are_never_shown(monkeypatch):
     """Answers that look alike, were cut, would grow when read again, were seen before or were chosen from before."""
     said = [("same.", " same. "), ("cut", "whole."), ("\ufffd" * 6, "short."), ("x", "y"), ("y", " x"), ("new", "old"),
@@ -351,11 +334,11 @@ def test_every_torn_last_line_is_cut_off_and_a_whole_one_kept(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("options, named", [
-    (dict(pairs=0), "--pairs"), (dict(pool=0), "--pool"), (dict(temperature=0), "--temperature"),
+    (dict(pairs=0), "--pairs"), (dict(temperature=0), "--temperature"),
     (dict(temperature="nan"), "--temperature"), (dict(max_new_tokens=0), "--max-new-tokens"),
     (dict(repeat=0.6), "--repeat"), (dict(repeat="nan"), "--repeat"), (dict(max_new_tokens=60), "context"),
     (dict(checkpoint="nowhere.pt"), "nowhere.pt"), (dict(prompts="nowhere.jsonl"), "nowhere.jsonl"),
-    (dict(pick="unsure", reward_model="nowhere.pt"), "nowhere.pt"), (dict(temperature=1e-6), "--temperature"),
+    (dict(temperature=1e-6), "--temperature"),
     (dict(preferences="."), "directory"), (dict(preferences="sft.pt/labels.jsonl"), "sft.pt")])
 def test_a_mistake_is_one_line(options, named, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

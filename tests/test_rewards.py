@@ -181,6 +181,14 @@ def test_learned_reward_reads_an_answer_that_is_given_twice_once(reward_model, w
         [by_hand(reward_model, *row, True) for row in zip(prompts, completions)], abs=1e-4)
 
 
+def test_learned_reward_tells_a_text_that_was_cut_from_the_same_that_ended(reward_model):
+    """In one call, whichever comes first: an answer that is given twice is read once only if it ended alike."""
+    for finished in [True, False, True, False], [False, True, False, True]:
+        scores = learned(reward_model)([ASKED[0]] * 4, [SAID[0]] * 4, finished=finished)
+        expected = [by_hand(reward_model, ASKED[0], SAID[0], end) for end in finished]
+        assert scores == pytest.approx(expected, abs=1e-4) and abs(expected[0] - expected[1]) > 1e-3
+
+
 def test_learned_reward_depends_on_finished(reward_model):
     reward = learned(reward_model)
     ended, cut = reward(ASKED, SAID), reward(ASKED, SAID, finished=[True, False, True, False])
@@ -263,7 +271,7 @@ def test_score_with_the_real_rewards(rollout):
 
 
 @pytest.mark.parametrize("bad", [[1.0] * 5, [1.0] * 7, [], [0.0] * 5 + [math.nan], [math.inf] + [0.0] * 5,
-                                 [[1.0]] * 6, [None] * 6, ["right"] * 6, 1.0, None], ids=repr)
+                                 [[1.0]] * 6, ["right"] * 6, 1.0, None], ids=repr)
 def test_a_wrong_reward_is_the_users_error(rollout, bad):
     with pytest.raises(UserError, match="6 finite numbers"):
         score(lambda prompts, completions, **columns: bad, BATCH, rollout, 3, TOKENIZER)

@@ -11,12 +11,13 @@ import torch
 
 from grpo_min import grpo, ppo
 from grpo_min.grpo import kl_estimate
+from grpo_min.lab import processes
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned, load_reward
 from grpo_min.rollout import require_fit, token_logprobs
 from grpo_min.run import cores, log, metrics
 from grpo_min.run.checkpoint import load_model
-from grpo_min.run.config import UserError
+from grpo_min.run.config import UserError, pick_device
 from tests import tiny
 from tests.tiny import LOOPS, letter_e, recorded_rollouts, settings
 
@@ -25,23 +26,96 @@ pytestmark = pytest.mark.usefixtures("no_curves")
 
 # --- threads ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("cpu, preempted, left", [(1.0, 300, 1), (1.99, 300, 2), (1.0, 50, 2)],
-                         ids=["others use the cores", "a core for each", "threads that wait for something else"])
-def test_one_thread_where_others_use_the_cores(cpu, preempted, left, tmp_path, monkeypatch, capsys):
-    """cpu: cores that this process had in each second, preempted: how often it was taken off one."""
-    threads, seconds = [2], iter(range(1000, 1100, 3))
+def threads_over_time(monkeypatch, tmp_path, crowded):
+    """The number of threads at the end of each of 30 steps of 3 seconds. crowded(step) -> the cores that a run with
+    two threads has in that step, and how often in a second it is taken off one."""
+    threads, clock = [2], dict(now=1000.0, cpu=0.0, preempted=0)
     run = log.Run(settings(grpo, tmp_path), [], {})
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads[-1])
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(cores.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(cores.time, "process_time", lambda: clock["cpu"])
+    monkeypatch.setattr(cores, "resource", types.SimpleNamespace(
+        RUSAGE_SELF=0, getrusage=lambda _: types.SimpleNamespace(ru_nivcsw=clock["preempted"])))
+    run.threads, ends = 2, []
     with run:
-        for step in range(3):
-            now = next(seconds)
-            monkeypatch.setattr(cores.time, "perf_counter", lambda: now)
-            monkeypatch.setattr(cores.time, "process_time", lambda: now * cpu)
-            monkeypatch.setattr(cores.resource, "getrusage", lambda _: types.SimpleNamespace(ru_nivcsw=now * preempted))
+        for step in range(30):
+            cpu, preempted = crowded(step)
+            clock["now"] += 3
+            clock["cpu"] += 3 * (cpu if threads[-1] == 2 else 1)
+            clock["preempted"] += 3 * preempted
             run.step_done(step, {}, "")
-    assert threads[-1] == left and len(threads) == (2 if left == 1 else 1)
-    assert ("1 thread" in capsys.readouterr().out) == (left == 1)
+            ends.append(threads[-1])
+    return ends, threads[-1]
+
+
+@pytest.mark.parametrize("cpu, preempted, left", [(1.0, 300, 1), (1.99, 300, 2), (1.0, 50, 2)],
+                         ids=["others use the cores", "a core for each", "threads that wait for something else"])
+def test_one_thread_where_others_use_the_cores(cpu, preempted, left, tmp_path, monkeypatch, capsys):
+    ends, after = threads_over_time(monkeypatch, tmp_path, lambda step: (cpu, preempted))
+    assert ends[1] == left and after == 2, "the run after this one begins with all of them"
+    assert capsys.readouterr().out.count("1 thread") == (left == 1), "said once"
+
+
+def test_threads_are_tried_again_and_more_and_more_seldom(tmp_path, monkeypatch):
+    """Crowded for ever, a step of three seconds in 13, then in 23, in 43 and in 83."""
+    ends, _ = threads_over_time(monkeypatch, tmp_path, lambda step: (1.0, 300))
+    assert [step for step, threads in enumerate(ends) if threads == 2] == [0, 5, 13, 28]
+
+
+def test_a_busy_moment_costs_little(tmp_path, monkeypatch):
+    """Two steps beside others: one thread for ten seconds, and then two until the end."""
+    ends, _ = threads_over_time(monkeypatch, tmp_path, lambda step: (1.0, 300) if step in (1, 2) else (2.0, 0))
+    assert ends == [2] + 4 * [1] + 25 * [2]
+
+
+@pytest.mark.parametrize("own, files, expected", [
+    ("", {}, 64), ("0::/\n", {"cpu.max": "max 100000"}, 64), ("0::/\n", {"cpu.max": "200000 100000"}, 2),
+    ("0::/\n", {"cpu.max": "50000 100000"}, 1), ("0::/a/b\n", {"a/cpu.max": "300000 100000"}, 3),
+    ("0::/a/b\n", {"a/b/cpu.max": "500000 100000", "a/cpu.max": "max 100000"}, 5),
+    ("0::/../x\n", {"cpu.max": "150000 100000"}, 1),
+    ("1:cpu,cpuacct:/d\n0::/\n", {"cpu/d/cpu.cfs_quota_us": "400000", "cpu/d/cpu.cfs_period_us": "100000"}, 4),
+    ("1:cpu:/hidden\n", {"cpu/cpu.cfs_quota_us": "200000", "cpu/cpu.cfs_period_us": "100000"}, 2),
+    ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64)])
+def test_cores_of_a_container(own, files, expected, tmp_path, monkeypatch):
+    """With --cpus=2 on a machine with 64 cores two processes run beside each other, not 64."""
+    monkeypatch.setattr(cores.os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    (tmp_path / "own").write_text(own)
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    assert cores.cores(tmp_path, tmp_path / "own") == expected
+
+
+def test_cores_where_nothing_limits_them(tmp_path, monkeypatch):
+    """macOS and Windows know neither an affinity nor control groups."""
+    monkeypatch.delattr(cores.os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(cores.os, "cpu_count", lambda: 12)
+    assert cores.cores(tmp_path, tmp_path / "none") == 12
+
+
+@pytest.mark.parametrize("asked, here, expected", [(None, 64, 2), (None, 1, 1), ("7", 64, None)])
+def test_no_more_threads_than_help(asked, here, expected, monkeypatch):
+    """On a card's host of 64 cores a model as small as these gets two, unless OMP_NUM_THREADS asks for more."""
+    chosen = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if asked:
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setattr(cores, "cores", lambda: here)
+    pick_device("cpu")
+    assert chosen == ([expected] if expected else [])
+
+
+@pytest.mark.parametrize("kind, expected", [("cpu", 5), ("cuda", 1), ("mps", 1)])
+def test_as_many_processes_as_cores_whatever_threads_a_run_has_left(kind, expected, monkeypatch):
+    sizes, pool = [], processes.ThreadPoolExecutor
+    monkeypatch.setattr(processes, "ThreadPoolExecutor", lambda size: sizes.append(size) or pool(size))
+    monkeypatch.setattr(processes, "cores", lambda: 5)
+    with processes.beside_each_other(torch.device(kind)):
+        assert torch.get_num_threads() == 1
+    assert sizes == [expected]
 
 
 # --- the policy's update and the critic's -------------------------------------------------------------------------

@@ -9,10 +9,12 @@ import math
 import pytest
 import torch
 
-from grpo_min import pretrain, reward_model, sft
+from grpo_min import critic, pretrain, reward_model, sft
 from grpo_min.model import GPT
+from grpo_min.run import fit
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.data import batch_rows, read_jsonl
+from grpo_min.run.rng import generator
 from tests import tiny
 from tests.tiny import END, TOKENIZER
 
@@ -91,6 +93,81 @@ def test_reward_model_loss_by_hand(loss_of, tmp_path, monkeypatch):
                            for row in batch_of(path, ["prompt", "chosen", "rejected"], config)])
     assert_same(loss, -margins.sigmoid().log().mean(), model)
     assert metrics == dict(accuracy=pytest.approx((margins > 0).double().mean().item())) and margins.std() > 0.1
+
+
+# --- what changes from step to step -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("warmup, shares", [(3, [1 / 3, 2 / 3, 0.75, 0.5, 0.25, 0.066987]),
+                                            (1, [1, 0.933013, 0.75, 0.5, 0.25, 0.066987])])
+def test_learning_rate_by_hand(warmup, shares, tmp_path, monkeypatch):
+    """Up in equal parts, down along half a cosine: (1 + cos(180 degrees * step / 6)) / 2. At every step, in the row and
+    in the optimizer alike; with a gradient of 1 Adam's first step is the learning rate."""
+    used = []
+
+    def update(run, model, optimizer, loss):
+        used.append([group["lr"] for group in optimizer.param_groups])
+        return 0.0
+    monkeypatch.setattr(fit, "update", update)
+    config = sft.SFTConfig(run="", steps=6, lr=0.3, warmup=warmup)
+    rows = fit.fit(config, tiny.gpt(), [], lambda step: (torch.zeros(()), {}))
+    assert [row["lr"] for row in rows] == pytest.approx([0.3 * share for share in shares], abs=1e-6)
+    assert used == [[row["lr"]] for row in rows]
+
+
+def distinct(things):
+    """How many of them are different."""
+    return len({str(thing) for thing in things})
+
+
+def test_documents_have_another_order_in_each_epoch(tmp_path, monkeypatch):
+    """And for each seed; within an epoch every document comes once."""
+    orders = []
+
+    def pack(documents, context, seed):
+        orders.append(torch.cat(list(packed(documents, context, seed))).tolist())
+        return packed(documents, context, seed)
+    packed = pretrain.pack
+    monkeypatch.setattr(pretrain, "pack", pack)
+    monkeypatch.setattr(pretrain, "fit",
+                        lambda config, model, inputs, loss_at: [loss_at(step) for step in range(config.steps)])
+    for seed in 1, 2:
+        pretrain.train(pretrain.PretrainConfig(text=tiny.text_file(tmp_path / "text.txt"), layers=1, heads=2, width=16,
+                                               context=16, batch_size=16, steps=15, seed=seed, device="cpu"))
+    assert len(orders) > 5 and distinct(orders) == len(orders)
+
+
+def test_rows_have_another_order_in_each_epoch_and_for_each_seed():
+    orders = [[batch_rows(12, 4, seed, 3 * epoch + index) for index in range(3)]
+              for seed in (1, 2) for epoch in (0, 1, 2)]
+    assert distinct(orders) == 6
+    assert all(sorted(sum(order, [])) == list(range(12)) for order in orders)
+
+
+def test_random_numbers_differ_between_seeds_steps_and_ranks():
+    """And are the same for the same: a resumed run needs no states."""
+    numbers = [torch.rand(3, generator=generator(seed, step, rank)).tolist()
+               for seed in (1, 11) for step in (1, 11, "1 1") for rank in (0, 1, 2)]
+    assert distinct(numbers) == len(numbers) == 18
+    assert torch.rand(3, generator=generator(1, 1, 0)).tolist() == numbers[0]
+
+
+def test_a_critic_sees_every_batch_once_in_an_epoch_and_each_epoch_in_another_order(tmp_path, monkeypatch):
+    """Its batches are sampled once, the first time that they are needed: each has its own completions."""
+    names, orders, experience = [], [], critic.experience
+
+    def recorded(config, policy, reward, rows, group_size, name):
+        names.append(name)
+        found = experience(config, policy, reward, rows, group_size, name)
+        found[1].number = name
+        return found
+    monkeypatch.setattr(critic, "experience", recorded)
+    config = critic.CriticConfig(run="", sft=tiny.checkpoint(tmp_path / "sft.pt"), prompts=tiny.prompts(tmp_path / "p"),
+                                 batches=5, steps=15, prompts_per_step=4, max_new_tokens=4, device="cpu")
+    critic.train(config, reward=tiny.letter_e,
+                 beside=lambda critic, prompts, rollout: orders.append(prompts.number) or torch.zeros(()))
+    assert sorted(names[:-1]) == list(range(5)) and names[-1] == "held"
+    epochs = [orders[:5], orders[5:10], orders[10:]]
+    assert all(sorted(epoch) == list(range(5)) for epoch in epochs) and distinct(epochs) == 3
 
 
 # --- judging a reward model ---------------------------------------------------------------------------------------

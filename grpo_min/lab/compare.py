@@ -172,10 +172,11 @@ def one_run(config, algorithm, reward, seed, warm_start):
 
 def evaluate_or_reuse(path, config, policy, opponent, reward):
     """Held-out figures of a policy {set: {figure: [mean, low, high]}}, kept in a file beside its checkpoint."""
+    weights = path.with_name("checkpoint.pt")
     settings = dict(prompts=config.eval_prompts, sft=fingerprint(config.sft), data=config.data,
-                    max_new_tokens=config.max_new_tokens)
+                    max_new_tokens=config.max_new_tokens, weights=fingerprint(weights) if weights.exists() else "")
     if path.exists():
-        kept = json.loads(path.read_text())
+        kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["settings"] == settings:
             return kept["figures"]
     sets = ", ".join(f"{domain} ({split})" for domain, split in SETS[reward])

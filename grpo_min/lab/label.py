@@ -9,20 +9,18 @@ reliably than you do yourself. Second choices stay in memory, for the report at 
 import itertools
 import json
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from grpo_min.evaluate import agreement
-from grpo_min.model import ScalarGPT
-from grpo_min.rewards import learned
 from grpo_min.rollout import Prompts, sample
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.run.data import read_jsonl
 from grpo_min.run.files import DATA, make_folder, save_file
+from grpo_min.run.resume import command_line
 from grpo_min.run.rng import generator
 
 FIELDS = ["prompt", "chosen", "rejected"]
@@ -36,9 +34,6 @@ class LabelConfig:
     prompts: str = option(str(DATA / "animals_train.jsonl"), "JSONL with the field prompt")
     pairs: int = option(20, "pairs to show in this sitting")
     repeat: float = option(0.1, "share of the pairs that come a second time, at most 0.5")
-    pick: str = option("random", "any pairs, or those that the reward model is least sure of", ["random", "unsure"])
-    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint for --pick unsure")
-    pool: int = option(8, "pairs sampled for each one shown, for --pick unsure")
     temperature: float = option(1.0, "sampling temperature")
     max_new_tokens: int = option(40, "longest answer, in tokens")
     seed: int = option(1, "seed of prompts, answers and repeats")
@@ -93,13 +88,6 @@ def sample_pairs(policy, prompts, count, choices, config, rng):
                 seen.add(as_shown(prompt, a, b))
                 pairs.append((prompt, a, b))
     return pairs
-
-
-def least_sure(reward, pairs, count):
-    """The `count` pairs whose two scores are nearest to each other, the nearest first."""
-    prompts, a, b = zip(*pairs)
-    margin = [abs(x - y) for x, y in zip(reward(prompts, a), reward(prompts, b))]
-    return [pairs[i] for i in sorted(range(len(pairs)), key=margin.__getitem__)[:count]]
 
 
 def schedule(pairs, share, rng):
@@ -164,18 +152,16 @@ def sit(path, turns):
 
 def main(argv=None):
     config = parse(LabelConfig, argv)
-    require_positive(config, "pairs", "pool", "temperature", "max_new_tokens")
+    require_positive(config, "pairs", "temperature", "max_new_tokens")
     require(0 <= config.repeat <= 0.5, f"--repeat must be from 0 to 0.5, not {config.repeat}")
-    device, path, unsure = pick_device(config.device), Path(config.preferences), config.pick == "unsure"
-    policy = load_model(config.checkpoint, device)
-    reward = learned(load_model(config.reward_model, device, ScalarGPT)) if unsure else None
+    path, policy = Path(config.preferences), load_model(config.checkpoint, pick_device(config.device))
     prompts = [row["prompt"] for row in read_jsonl(config.prompts, ["prompt"])]
     earlier = read_choices(path)
     rng = generator(config.seed, len(earlier))               # other pairs in another sitting
-    pairs = sample_pairs(policy, prompts, config.pairs * (config.pool if unsure else 1), earlier, config, rng)
+    pairs = sample_pairs(policy, prompts, config.pairs, earlier, config, rng)
     require(pairs, f"{config.checkpoint} gives no two different answers that end by themselves: try another "
             "--temperature or more --max-new-tokens")
-    turns = schedule(least_sure(reward, pairs, config.pairs) if unsure else pairs, config.repeat, rng)
+    turns = schedule(pairs, config.repeat, rng)
     make_folder(path.parent)
     open(path, "ab").close()                                 # what cannot be written should show before a choice
     print(f"{path} holds {len(earlier)} choices. Each one that you make is added at once.")
@@ -186,7 +172,8 @@ def main(argv=None):
           f"{len(earlier) + len(choices) - len(agreed)}.")
     print(f"Shown a pair again, you chose the same answer in {agreement(agreed)}." if agreed else
           "No pair was chosen from twice: nothing is known about how far you agree with yourself.")
-    print(f"To learn from them: python -m grpo_min.reward_model --preferences {shlex.quote(str(path))} --holdout 0.2")
+    to_learn = command_line("grpo_min.reward_model", "--preferences", str(path), "--holdout", "0.2")
+    print(f"To learn from them: {to_learn}")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from grpo_min.run.config import UserError
+from grpo_min.run.cores import cores
 from grpo_min.run.resume import OtherSettings
 
 
@@ -23,13 +24,13 @@ def train_or_reuse(train, config):
 @contextmanager
 def beside_each_other(device):
     """begin(function, *arguments) -> a future: each call in a process of its own, with one thread, as many at a time as
-    torch would use threads; on CUDA one. An argument that is a future itself is waited for: begin that one first.
+    there are cores for them; on a card one. An argument that is a future itself is waited for: begin that one first.
 
     Two runs of models as small as these, one thread each, take less time than one after the other with two, and what is
     computed does not depend on the number of cores. After an error or Ctrl-C those under way save what they have.
     """
     threads = torch.get_num_threads()
-    waiting = ThreadPoolExecutor(1 if device.type == "cuda" else threads)
+    waiting = ThreadPoolExecutor(cores() if device.type == "cpu" else 1)
     torch.set_num_threads(1)                                        # here too, or its threads get in the others' way
     try:
         yield lambda function, *arguments: waiting.submit(in_own_process, function, *arguments)

@@ -4,7 +4,6 @@ Memory of the model state is not measured but counted: `state_bytes`.
 """
 import csv
 import json
-import os
 from datetime import date
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 
 from grpo_min.ppo import PPOConfig
 from grpo_min.run.checkpoint import load_model
+from grpo_min.run.cores import cores
 from grpo_min.run.files import DATA, save_file
 from grpo_min.run.metrics import peak_memory_mb
 from grpo_min.run.plots import finish, plt
@@ -57,8 +57,8 @@ def state_bytes(policy, config):
 
 
 def machine(device):
-    cores = torch.cuda.get_device_name() if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
-    return f"{cores}, torch {torch.__version__}"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{cores()} CPU cores"
+    return f"{name}, torch {torch.__version__}"
 
 
 # --- tables -------------------------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def cost_table(runs):
             cells.append(spread([run["seconds"][phase] for run in group], "{:.2f}"))
         lines += table_row([*cells, spread([sum(run["seconds"].values()) for run in group], "{:.2f}"),
                             f"{sum(group[0]['state_bytes'].values()) / 1e6:.1f}",
-                            f"{max(run['peak_memory_mb'] for run in group):.0f}"])
+                            spread([max(run["peak_memory_mb"] or 0 for run in group) or None], "{:.0f}")])
     return lines
 
 
@@ -151,12 +151,13 @@ def pipeline_table(starts, device):
     """Seconds of each stage, peak memory and the machine, as Markdown. starts {stage: when it began}: the last of them
     is only where the one before it ends."""
     times = list(starts.values())
-    memory, total = max(peak_memory_mb(device), peak_memory_mb(device, of_children=True)), times[-1] - times[0]
+    memory = max(peak_memory_mb(device, of_children) or 0 for of_children in (False, True))
+    memory, total = f"{memory:.0f} MB" if memory else "not measured", times[-1] - times[0]
     lines = table_row(["stage", "seconds"]) + table_row(["---"] * 2)
     for stage, start, end in zip(starts, times, times[1:]):
         lines += table_row([stage, f"{end - start:.0f}"])
     lines += table_row(["**all**", f"**{total:.0f}** ({total / 60:.1f} minutes)"])
-    return "\n".join([*lines, "", f"Peak memory of a process {memory:.0f} MB, with up to one process to a core; "
+    return "\n".join([*lines, "", f"Peak memory of a process: {memory}, with up to one process to a core; "
                       f"{machine(device)}, {date.today()}.", ""])
 
 
@@ -246,7 +247,7 @@ def stacked(axis, names, parts, ylabel):
 def plot_learning(curves, path):
     """What RL does to the answers, from the file comparison-correct.csv: GRPO and PPO, a line per seed, smoothed over 3
     steps."""
-    with open(curves, newline="") as file:
+    with open(curves, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     figure, axes = plt.subplots(1, 2, figsize=(8, 3))
     styles = {"GRPO": dict(color="tab:blue", lw=2.4, alpha=0.45), "PPO": dict(color="orangered", lw=0.9)}

@@ -5,7 +5,7 @@ import sys
 
 import torch
 
-from grpo_min.run.ranks import join, leave
+from grpo_min.run.ranks import join, leave, meet
 
 
 class UserError(ValueError):
@@ -55,20 +55,29 @@ def require_positive(config, *names):
 
 def pick_device(name):
     """A torch.device; auto is CUDA if there is any. Under torchrun: this rank's own."""
+    from grpo_min.run.cores import limit_threads
+    limit_threads()
     available = dict(cpu=True, cuda=torch.cuda.is_available(),
                      mps=torch.backends.mps.is_available())
     if name == "auto":
         name = "cuda" if available["cuda"] else "cpu"
-    require(available[name], f"--device {name}: torch finds no {name.upper()} device here")
+    require(available.get(name, True),
+            f"--device {name}: torch finds no {name.upper()} device here")
     return join(torch.device(name))
 
 
 def run_command(main):
     """Run a command's main(): a UserError becomes one line and its exit code."""
     code = 0
+    for stream in sys.stdout, sys.stderr:      # Windows' may know 256 characters only
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
+        meet()
         main()
-    except (UserError, OSError) as error:      # OSError: a full disk, a protected folder
+        meet()
+    # OSError: a full disk, a rank that has ended.
+    except (UserError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code if isinstance(error, UserError) else 1
     except KeyboardInterrupt:

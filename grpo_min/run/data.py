@@ -9,34 +9,50 @@ from grpo_min.run.files import one_line
 from grpo_min.run.ranks import RANKS, share
 from grpo_min.run.rng import generator
 
+BLANK = b"\xef\xbb\xbf \t\r\n"      # bytes of an empty line, a byte order mark among them
+
 
 def read_jsonl(path, fields, at_least=1):
-    """Rows of a JSONL file, dicts in which the named fields are strings; or a UserError."""
+    """Rows of a JSONL file as checked_rows gives them. Empty lines are passed over."""
     with one_line(f"read {path}"), open(path, "rb") as file:
-        rows = (parse_json(line, f"{path}, line {number}")
-                for number, line in enumerate(file, start=1))
+        rows = ((number, parse_json(line, f"{path}, line {number}"))
+                for number, line in enumerate(file, start=1) if line.strip(BLANK))
         return checked_rows(rows, fields, path, "line", at_least)
 
 
 def checked_rows(rows, fields, path, unit, at_least=1):
-    """The rows as a list: dicts of equal fields, those named strings; or a UserError."""
-    checked = []
-    for number, row in enumerate(rows, start=1):
+    """(number, row) pairs -> a list of dicts, or a UserError. The named fields are strings.
+    All rows get the same fields: None where one lacks what others have."""
+    checked, names = [], {}
+    for number, row in rows:
         place = f"{path}, {unit} {number}"
         require(isinstance(row, dict), f"{place}: not an object with named fields")
-        for field in fields:
-            require(isinstance(row.get(field), str),
-                    f"{place}: the field \"{field}\" is missing or not a string")
-        checked.append(row)
-        require(row.keys() == checked[0].keys(), f"{place}: other fields than in {unit} 1")
+        checked.append(row | {field: text(row, field, place) for field in fields})
+        names |= dict.fromkeys(row)
     require(len(checked) >= at_least,
             f"{path} has {len(checked) or 'no'} {unit}s, where {at_least} are needed")
-    return checked
+    return [names | row for row in checked]
+
+
+def text(row, field, place):
+    """A field of a row as a string, a number too (28 and 28.0 as "28"); or a UserError."""
+    value = row.get(field)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        return str(value)
+    if isinstance(value, str):
+        return value
+    what = "is missing" if field not in row else f"is {json.dumps(value)[:40]}"
+    from grpo_min.run.formats import advice
+    raise UserError(f"{place}: the field \"{field}\" {what}, where text or a number is "
+                    f"needed (found: {', '.join(map(str, row)) or 'nothing'})"
+                    f"{advice(row, field)}")
 
 
 def parse_json(line, place):
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise UserError(f"{place}: not UTF-8")
     except (ValueError, RecursionError) as error:

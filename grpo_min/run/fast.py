@@ -4,7 +4,7 @@
 |---|---|---|
 | softmax | F.scaled_dot_product_attention | half of its time on a CPU |
 | run | GPT.run | work on padding: only the attention sees any of it |
-| sample | the loop of rollout.sample | copies of the cache, and rows that have finished |
+| sample | rollout.sample_plainly | copies of the cache, and rows that have finished |
 | GraphDecoder | the same loop, on CUDA | the time Python takes to launch kernels |
 
 The twins are compared in tests/test_fast.py. Shapes as in model.py; n real tokens of B * T.
@@ -40,33 +40,33 @@ def with_room(x, new):
 
 # --- training: nothing is computed on padding ---------------------------------------------
 
-def pack(x, mask):
-    """The rows of x (B, T, D) where mask (B, T) is True, one after the other: (n, D)."""
-    return x.flatten(0, 1).index_select(0, mask.flatten().nonzero().squeeze(1))
+def pack(x, rows):
+    """The real tokens' rows (n,) of x (B, T, D), B * T rows: (n, D)."""
+    return x.flatten(0, 1).index_select(0, rows)
 
 
-def unpack(x, mask):
-    """The reverse, with zeros where the mask is False: x (n, D) -> (B, T, D)."""
-    zeros = x.new_zeros(mask.numel(), x.shape[-1])
-    rows = mask.flatten().nonzero().squeeze(1)
-    return zeros.index_copy(0, rows, x).view(*mask.shape, x.shape[-1])
+def unpack(x, rows, shape):
+    """The reverse, with zeros elsewhere: x (n, D) -> (B, T, D). shape: B, T."""
+    zeros = x.new_zeros(math.prod(shape), x.shape[-1])
+    return zeros.index_copy(0, rows, x).view(*shape, x.shape[-1])
 
 
 def run(gpt, mask, ids, positions, past, visible):
     """GPT.run on the real tokens of ids (B, T) alone, those where the mask is True."""
-    x = pack(gpt.tokens(ids) + gpt.positions(positions), mask)  # (n, D)
+    rows = mask.flatten().nonzero().squeeze(1)  # (n,) once: the CPU waits for it
+    x = pack(gpt.tokens(ids) + gpt.positions(positions), rows)  # (n, D)
     hidden, present = visible.float().log(), []  # 0 where visible, -inf elsewhere
     with autocast(x.device):
         for layer, block in enumerate(gpt.blocks):
             attention = block.attention
-            qkv = unpack(attention.qkv(block.norm1(x)), mask)  # (B, T, 3 D)
+            qkv = unpack(attention.qkv(block.norm1(x)), rows, ids.shape)  # (B, T, 3 D)
             q, *new = attention.split(qkv)  # (B, H, T, E) each
             k, v = (torch.cat(pair, dim=2) for pair in zip(past[layer], new))
             y = softmax(q, k, v, hidden).transpose(1, 2).flatten(2)  # (B, T, D)
-            x = x + attention.out(pack(y, mask))
+            x = x + attention.out(pack(y, rows))
             x = x + block.mlp(block.norm2(x))
             present.append((k, v))
-    return unpack(gpt.norm(x), mask), present
+    return unpack(gpt.norm(x), rows, ids.shape), present
 
 
 # --- sampling: a cache with room for all tokens, and only rows that go on -----------------
@@ -89,7 +89,7 @@ def step(gpt, token, position, caches, hidden, column):
 
 @torch.no_grad()
 def sample(policy, prompts, uniforms, temperature, choose):
-    """The loop of rollout.sample: uniforms (B, N) -> ids, mask, logprobs, finished."""
+    """As rollout.sample_plainly: uniforms (B, N) -> ids, mask, logprobs, finished."""
     (B, N), (Q, P) = uniforms.shape, prompts.ids.shape
     if uniforms.device.type == "cuda":
         settings = Q, B // Q, N, temperature, choose

@@ -22,7 +22,7 @@ def one_line(action):
 def read_text(path):
     try:
         with one_line(f"read {path}"):
-            return Path(path).read_text(encoding="utf-8")
+            return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path} is not UTF-8 text")
 

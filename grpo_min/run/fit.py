@@ -12,7 +12,8 @@ def fit(config, model, inputs, loss_at, weight_decay=0.0):
     loss_at returns a loss and a dict of metrics. config: run, resume, steps, lr, warmup.
     """
     optimizer = optimizer_for(model, config.lr, weight_decay)
-    with Run(config, inputs, dict(model=model, optimizer=optimizer)) as run:
+    parts = dict(model=model, optimizer=optimizer)
+    with Run(config, inputs, parts, schedule=True) as run:
         for step in range(run.first_step, config.steps):
             decay = 0.5 + 0.5 * math.cos(math.pi * step / config.steps)
             lr = config.lr * min((step + 1) / config.warmup, decay)

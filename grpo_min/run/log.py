@@ -7,7 +7,6 @@ import csv
 import dataclasses
 import json
 import multiprocessing
-import shlex
 import signal
 import sys
 import time
@@ -16,9 +15,9 @@ from pathlib import Path
 import torch
 
 from grpo_min.run.checkpoint import serialise, weights
-from grpo_min.run.config import UserError
+from grpo_min.run.config import UserError, require
 from grpo_min.run.files import fingerprint, make_folder, move_aside, save_file
-from grpo_min.run.ranks import RANK, RANKS
+from grpo_min.run.ranks import RANK, RANKS, mean
 from grpo_min.run.table import column_names, write_csv
 
 SAVE_EVERY = 10      # seconds between checkpoints
@@ -29,11 +28,12 @@ class Run:
 
     config has run (the folder; "" writes nothing), resume and steps. inputs: the files it
     starts from. parts: {name: model or optimizer} to be saved, the model in question first.
+    schedule: whether a step depends on how many there will be.
     """
 
-    def __init__(self, config, inputs, parts):
+    def __init__(self, config, inputs, parts, schedule=False):
         self.config, self.parts, self.rows, self.warned = config, parts, [], set()
-        self.pending, self.stopped = None, False
+        self.pending, self.stopped, self.schedule = None, False, schedule
         self.folder = Path(config.run) if config.run else None
         # A process that another one has started shares its screen: lines have names, stay.
         self.shares_screen = multiprocessing.parent_process() is not None
@@ -41,7 +41,8 @@ class Run:
         self.settings = dataclasses.asdict(config)
         del self.settings["run"], self.settings["resume"]
         inputs = [f"{Path(path).name} {fingerprint(path)}" for path in inputs]
-        self.settings.update(inputs=inputs, threads=torch.get_num_threads(), ranks=RANKS)
+        self.threads = torch.get_num_threads()
+        self.settings.update(inputs=inputs, threads=self.threads, ranks=RANKS)
 
     def __enter__(self):
         self.first_step = 0
@@ -51,27 +52,32 @@ class Run:
                 restore(self)
             elif RANK == 0:
                 move_aside(self.folder)
+        require(mean(torch.tensor(float(self.first_step))) == self.first_step,
+                f"--resume: not every rank finds the same run in {self.folder}")
         self.folder = self.folder if RANK == 0 else None          # the others write nothing
         if self.folder:
             make_folder(self.folder)
             if self.first_step == 0:
                 for name in "metrics.csv", "samples.jsonl":
-                    (self.folder / name).write_text("")
+                    (self.folder / name).write_text("", encoding="utf-8")
                 self.save(self.checkpoint(0))
             # Last, since it makes this a run: one killed before has nothing to resume.
             settings = json.dumps(self.settings, indent=1).encode()
             save_file(self.folder / "config.json", settings)
         self.started = self.shown = self.saved = time.perf_counter()
-        self.usage = [0.0, 0.0, 0]
+        self.usage, self.patience, self.retry = [0.0, 0.0, 0], 0, 0.0      # see run.cores
         try:
             self.old_handler = signal.signal(signal.SIGINT, self.interrupt)
         except ValueError:                  # not in the main thread: Ctrl-C stays as it is
             self.old_handler = None
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, *_):
+        torch.set_num_threads(self.threads)
         if self.old_handler is not None:
             signal.signal(signal.SIGINT, self.old_handler)
+        if kind is FloatingPointError:
+            self.fail(error)
 
     def interrupt(self, *_):
         """First Ctrl-C: stop after this step. Second: at once."""
@@ -82,8 +88,11 @@ class Run:
     def checkpoint(self, step):
         """The bytes of a checkpoint of the state after so many steps."""
         (_, model), *others = self.parts.items()
-        if not all(parameter.isfinite().all() for parameter in model.parameters()):
-            self.fail("the weights are no longer finite")
+        trunk = getattr(model, "trunk", model)
+        with torch.no_grad():       # finite weights may be too large to compute with
+            logits = trunk.plain(torch.zeros_like(trunk.tokens.weight[:1, :1]).long())
+        if not all(tensor.isfinite().all() for tensor in [*model.parameters(), logits]):
+            self.fail("the weights, or what they compute, are no longer finite")
         states = {name: part.state_dict() for name, part in others}
         return serialise(step=step, **weights(model), **states)
 
@@ -110,11 +119,12 @@ class Run:
                 self.saved = time.perf_counter()
                 self.pending = self.checkpoint(done)
         self.show(done, line, last)
-        if torch.get_num_threads() > 1:
+        if self.threads > 1:
             from grpo_min.run.cores import share_cores
             share_cores(self)
         if stopped and not last:
             if self.folder:
+                from grpo_min.run.resume import resume_command
                 print(f"\nsaved after step {done}; go on with: {resume_command()}",
                       file=sys.stderr)
             raise UserError("stopped by Ctrl-C", exit_code=130)
@@ -124,7 +134,7 @@ class Run:
         if names != column_names(self.rows[:-1]):           # the first row, a new column
             write_csv(path, self.rows)
         else:
-            with open(path, "a", newline="") as file:
+            with open(path, "a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, names).writerow(row)
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             for sample in samples:
@@ -145,13 +155,4 @@ class Run:
     def fail(self, reason):
         kept = f"; the last good checkpoint is {self.folder}/checkpoint.pt"
         advice = "try a smaller learning rate" + (kept if self.folder else "")
-        raise UserError(f"{reason}: {advice}", exit_code=1)
-
-
-def resume_command():
-    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
-    spec = sys.modules["__main__"].__spec__
-    module = getattr(spec, "name", "grpo_min").removesuffix(".__main__")
-    if module != "grpo_min" and not module.startswith("grpo_min.lab."):  # these resume
-        arguments.append("--resume")
-    return shlex.join(["python", "-m", module, *arguments])
+        raise UserError(f"{reason}: {advice}", exit_code=1) from None

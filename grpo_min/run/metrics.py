@@ -1,14 +1,18 @@
 """What a step of GRPO or PPO is measured by (see tutorials/HOWTO.md), and warnings."""
-import resource
 import sys
 import time
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import numpy as np
 import torch
 
 from grpo_min.rewards import correct
 from grpo_min.run.data import columns
-from grpo_min.run.ranks import mean_of_rows
+from grpo_min.run.ranks import RANKS, mean_of_rows
 
 
 class Clock:
@@ -29,6 +33,8 @@ class Clock:
 def peak_memory_mb(device, of_children=False):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**20
+    if resource is None:
+        return ""
     who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
     peak = resource.getrusage(who).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10      # bytes on macOS
@@ -40,35 +46,51 @@ def thinks(text):
 
 def rollout_metrics(rewards, texts, batch, rollout, group_size, ref_logprobs):
     """rewards (B,), texts, batch (Q rows), ref_logprobs (B, N) or None -> a row's part."""
-    groups = rewards.view(-1, group_size)  # (Q, G)
-    finished, right, spread, equal, kl = rollout.finished.float(), "", "", "", ""
+    kl, right, spread, equal = torch.zeros_like(rewards), "", "", ""
+    if ref_logprobs is not None:
+        log_ratio = (ref_logprobs - rollout.logprobs) * rollout.mask  # (B, N)
+        kl = (torch.expm1(log_ratio) - log_ratio).sum(dim=1)  # (B,)
+    # All at once to the CPU, which waits for a card each time.
+    rewards, kl, length, finished = torch.stack(
+        [rewards, kl, rollout.length, rollout.finished]).cpu()  # (B,) each
+    judged, groups = length > 0, rewards.view(-1, group_size)  # (B,), (Q, G)
+
+    def mean(values):
+        """Of the completions that were judged: (B,) -> a number."""
+        return values[judged].mean().item() if judged.any() else ""
     if "answer" in batch[0]:
         answers = [row["answer"] for row in batch for _ in range(group_size)]
-        right = np.mean(correct(texts, texts, answers, rollout.finished.tolist()))
+        right = np.mean(correct(texts, texts, answers, finished.tolist()))
     if group_size > 1:
         spread = groups.std(dim=1).mean().item()
         equal = (groups == groups[:, :1]).all(dim=1).float().mean().item()
-    if ref_logprobs is not None:
-        log_ratio = (ref_logprobs - rollout.logprobs) * rollout.mask  # (B, N)
-        kl = (torch.expm1(log_ratio) - log_ratio).sum(dim=1).mean().item()
-    return dict(reward=rewards.mean().item(), reward_std=spread, accuracy=right,
+    none = judged.all() and RANKS == 1  # or every rank needs the column
+    more = {} if none else dict(unjudged=1 - judged.float().mean().item())
+    return dict(reward=mean(rewards), reward_std=spread, accuracy=right,
                 thinking=np.mean([thinks(text) for text in texts]), equal_groups=equal,
                 truncated=1 - finished.mean().item(),
-                length=rollout.length.float().mean().item(), kl=kl)
+                length=mean(length), kl="" if ref_logprobs is None else mean(kl), **more)
 
 
 def update_metrics(loss, norm, logprobs, old_logprobs, sampled, entropy, mask, clip_eps):
     """Of one update; sampled: the sampler's log-probabilities (b, N) -> a row's part."""
     tokens = mask.sum().clamp(min=1)
     ratio = (logprobs.detach() - old_logprobs).exp()  # (b, N)
-    return dict(loss=loss.item(), grad_norm=norm, entropy=(entropy.sum() / tokens).item(),
-                clip_low=((ratio < 1 - clip_eps) & mask).sum().item() / tokens.item(),
-                clip_high=((ratio > 1 + clip_eps) & mask).sum().item() / tokens.item(),
-                gap=((old_logprobs - sampled) * mask).abs().max().item())
+    low = ((ratio < 1 - clip_eps) & mask).sum()
+    high = ((ratio > 1 + clip_eps) & mask).sum()
+    gap = ((old_logprobs - sampled) * mask).abs().max()
+    loss, entropy, low, high, gap, tokens = torch.stack(
+        [loss.detach(), entropy.sum() / tokens, low, high, gap, tokens]).tolist()
+    return dict(loss=loss, grad_norm=norm, entropy=entropy, clip_low=low / tokens,
+                clip_high=high / tokens, gap=gap)
 
 
 def explained_variance(values, returns, mask):
     """1 - Var(returns - values) / Var(returns) of real tokens; of a constant it is 0."""
+    values, returns, mask = torch.stack([values, returns, mask]).cpu()  # (B, N) each
+    mask = mask > 0
+    if mask.sum() < 2:
+        return ""
     variance = returns[mask].var()
     return (1 - (returns - values)[mask].var() / variance).item() if variance > 0 else ""
 
@@ -109,16 +131,19 @@ def shown_samples(texts, rewards, advantages, batch, rollout, group_size, tokeni
                   values=None):
     """The first three groups of a step for samples.jsonl, a dict per completion; with PPO's
     values (B, N) also the advantages and values of all its tokens."""
-    samples, lengths = [], rollout.length.tolist()
-    for b in range(min(3 * group_size, len(texts))):
-        ids = rollout.completion_ids[b, :lengths[b]].tolist()
+    samples, first = [], slice(3 * group_size)
+    lengths, rewards, advantages, ids = (x[first].tolist() for x in (
+        rollout.length, rewards, advantages, rollout.completion_ids))
+    values = values if values is None else values[first].tolist()
+    for b, length in enumerate(lengths):
+        reward = round(rewards[b], 4) if length else None       # not judged
         sample = dict(prompt=batch[b // group_size]["prompt"], completion=texts[b],
-                      reward=round(rewards[b].item(), 4),
-                      advantage=round(advantages[b, 0].item(), 4),
-                      tokens=[tokenizer.decode([token]) for token in ids])
+                      reward=reward,
+                      advantage=round(advantages[b][0], 4),
+                      tokens=[tokenizer.decode([token]) for token in ids[b][:length]])
         if values is not None:
             for name, numbers in ("advantages", advantages), ("values", values):
-                sample[name] = [round(x, 4) for x in numbers[b, :lengths[b]].tolist()]
+                sample[name] = [round(x, 4) for x in numbers[b][:length]]
         samples.append(sample)
     return samples
 

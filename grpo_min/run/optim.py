@@ -17,8 +17,9 @@ def update(run, model, optimizer, loss, max_norm=1.0):
     loss.backward()
     for parameter in model.parameters():
         mean(parameter.grad)  # over the ranks
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm).item()
-    if not (math.isfinite(loss.item()) and math.isfinite(norm)):
-        run.fail(f"the loss is {loss.item()} and the gradient's norm {norm}")
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm, loss = torch.stack([norm, loss.detach()]).tolist()
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        run.fail(f"the loss is {loss} and the gradient's norm {norm}")
     optimizer.step()
     return norm

@@ -27,7 +27,7 @@ def write_csv(path, rows):
 
 def read_csv(path, count=None):
     """The first `count` rows (all, unless told)."""
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8") as file:
         rows = list(itertools.islice(csv.DictReader(file), count))
     for row in rows:
         row.update({name: number(text) for name, text in row.items()})

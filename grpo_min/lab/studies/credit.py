@@ -162,8 +162,8 @@ def run_seeds(config, cell, arm, G, model, warm):
     steps, seeds = config.steps or sized(config, STEPS, 2), list(seeds_of(config))
     path = Path(config.run) / f"credit-{n}-{kind}-{noise}-{arm}-{G}.json".replace(", ", "-").replace(" ", "-")
     settings = dict(steps=steps, seeds=seeds)
-    if path.exists() and json.loads(path.read_text())["settings"] == settings:
-        return json.loads(path.read_text())["rows"]
+    if path.exists() and json.loads(path.read_text("utf-8"))["settings"] == settings:
+        return json.loads(path.read_text("utf-8"))["rows"]
     rows = [train_arm(config, cell, arm, G, model, warm, seed, steps) for seed in seeds]
     save_file(path, json.dumps(dict(settings=settings, rows=rows), indent=1).encode())
     return rows
@@ -221,7 +221,7 @@ def gradient_noise(config, cell, model, warm):
     M, device, gradients = sized(config, 32, 3), pick_device(config.device), {}
     policy, reward = load_model(model, device), reward_of(cell, "gradient")
     settings = grpo.GRPOConfig(prompts_per_step=16, group_size=8, max_new_tokens=n + 2, seed="gradient")
-    rows = [json.loads(line) for line in prompts_file(config, n).read_text().splitlines()]
+    rows = [json.loads(line) for line in prompts_file(config, n).read_text("utf-8").splitlines()]
     living = load_model(warm["checkpoint"], device, critic.Critic)
     for step in range(M):
         batch, prompts, rollout, rewards, _ = grpo.collect(settings, policy, reward, rows, step, Clock(device))

@@ -105,7 +105,7 @@ def pool(config):
     """Many answers of the SFT model to each of the watched prompts, sampled once -> {texts, finished, settings}."""
     path, prompts = Path(config.run) / "pool.json", [row["prompt"] for row in watched(config)]
     settings = dict(sft=fingerprint(config.sft), prompts=len(prompts), samples=pool_size(config))
-    if path.exists() and (kept := json.loads(path.read_text()))["settings"] == settings:
+    if path.exists() and (kept := json.loads(path.read_text("utf-8")))["settings"] == settings:
         return kept
     texts, finished, _ = answers(load_sft(config), prompts, settings["samples"], 1.0, batch=8)
     kept = dict(settings=settings, texts=texts, finished=finished)

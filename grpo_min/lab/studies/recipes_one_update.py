@@ -94,8 +94,8 @@ def recipe_gradients(policy, logprobs, old_logprobs, rewards, mask, G):
 def cosine_matrix(vectors):
     """(R, d) -> (R, R), in float64, so that vectors which differ in scale alone have a cosine of 1. 0 for a vector of
     zeros, which has no direction."""
-    unit = F.normalize(vectors.double(), dim=1)  # (R, d)
-    return (unit @ unit.T).cpu().numpy()
+    unit = F.normalize(vectors.cpu().double(), dim=1)  # (R, d)
+    return (unit @ unit.T).numpy()
 
 
 def cosine_cell(cosines):
