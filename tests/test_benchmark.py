@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from grpo_min import ppo, tokenizer
 from grpo_min.critic import Critic
-from grpo_min.lab import benchmark, report
+from grpo_min.lab import benchmark, pretend, report
 from grpo_min.lab.publish import RESULTS
 from grpo_min.rollout import Prompts, sample, token_logprobs
 from grpo_min.run.config import UserError
@@ -127,3 +127,10 @@ def test_model_state_is_counted_to_the_byte(loop, beta, tmp_path, monkeypatch, w
     if loop is ppo:
         expected["critic"] = size(trained[1][0].parameters())
     assert report.state_bytes(policy, config) == expected and (expected["reference"] > 0) == (beta > 0)
+
+
+@pytest.mark.skipif(not pretend.CAN_PRETEND, reason="this torch has no devices made of Python")
+@pytest.mark.parametrize("name, most", [("GRPO", 23), ("PPO", 26)])
+def test_a_step_waits_for_a_card_no_oftener_than_needed(name, most, tmp_path):
+    """Beside once for each token: prompts and random numbers go to the card, texts, rewards and metrics come back."""
+    assert 10 < benchmark.waits(benchmark.BenchmarkConfig(out=str(tmp_path)), name, benchmark.QUICK) <= most

@@ -863,26 +863,13 @@ def products():
     return f"{share['update']:.0%}", f"{share['sample']:.0%}"
 
 
-def rates():
-    """{how many threads, and what they do: [steps per second alone, beside others]}."""
-    return {label: [int(cell) for cell in cells] for label, *cells in table("threads")[2:]}
-
-
-@under("threads", "Spinning threads make {} steps of fine-tuning a second on an idle machine and {} beside other "
-       "processes.")
-def spinning():
-    rate = rates()
-    alone, beside = zip(*rate.values())
-    assert rate["2 threads, spinning"] == [max(alone), min(beside)]
-    return rate["2 threads, spinning"]
-
-
-@under("threads", "A run that watches makes {} and {}, as many as a single thread there.")
-def watching():
-    rate = rates()
-    watches = rate["2 threads, spinning, until the run notices others"]
-    assert watches[1] == rate["1 thread"][1]
-    return watches
+@under("threads", "A process that uses one core for 20 seconds of pretraining makes the main job take {} times as long, "
+       "one that always does {} times, and one core alone {} times.")
+def sharing():
+    rows = [(int(seconds), float(times)) for _, seconds, times in table("threads")[2:]]
+    assert [times for _, times in rows] == [pytest.approx(seconds / rows[0][0], abs=0.01) for seconds, _ in rows]
+    assert rows[1][1] <= 1.25
+    return [f"{times:.2f}" for _, times in rows[1:]]
 
 
 def prose():
@@ -1096,7 +1083,8 @@ def test_the_three_rows_of_the_readme():
 
 def test_what_the_readme_says_of_time():
     text, again = read(ROOT / "README.md"), table("again")
-    assert f"| [{seconds_of_stages()['all']} s](" in text
+    alone, _, busy, _ = (seconds for _, seconds, _ in table("threads")[2:])
+    assert f"| [{alone} s; {busy} s beside a busy process](" in text
     assert f"from {again[2][1]} right to [{again[3][1]}](" in text and (again[2][0], again[3][0]) == ("SFT", "GRPO")
     assert f"| [{tuned('seconds')['arithmetic', 'GRPO', 'defaults']:.0f} s](" in text
 

@@ -1,16 +1,13 @@
 """The reader as annotator, at a terminal: every choice is on the disk before the next pair appears, whatever ends the
 sitting. Real processes at a pseudo-terminal where a process can be lost, calls with typed keys where it cannot.
 """
-import fcntl
 import json
 import os
-import pty
 import re
 import select
 import signal
 import subprocess
 import sys
-import termios
 import types
 from pathlib import Path
 
@@ -21,10 +18,8 @@ from grpo_min import reward_model
 from grpo_min.evaluate import agreement, wilson
 from grpo_min.lab import label
 from grpo_min.lab.label import on_screen, read_choices, sample_pairs, schedule
-from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
 from grpo_min.run import files
-from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import UserError, run_command
 from grpo_min.run.rng import generator
 from grpo_min.run.table import read_csv
@@ -33,6 +28,8 @@ from tests import tiny
 ROOT = Path(__file__).parent.parent
 QUESTION = "u(ndo), q(uit)? "
 SCREEN = re.compile(r"\[(\d+) of (\d+), choices so far: (\d+)\]  (.*?)\r?\n  1: (.*?)\r?\n  2: (.*?)\r?\n")
+
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))         # there is no such terminal on Windows
 
 
 def words(folder, **more):

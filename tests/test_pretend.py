@@ -7,10 +7,14 @@ import copy
 import dataclasses
 import functools
 import io
+import re
 import signal
+from pathlib import Path
 
 import pytest
 import torch
+import torchgen
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from grpo_min import critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
 from grpo_min.lab.pretend import CAN_PRETEND, pretend_card
@@ -323,3 +327,36 @@ def test_the_recipes_gradients(card):
         cosines, left_out = recipes_one_update.compare_recipes(policy, prompts, rollout, rewards, 4)
         found.append([list(map(torch.from_numpy, cosines)), left_out])
     assert tiny.same(*found)
+
+
+# --- Apple's GPU --------------------------------------------------------------------------------------------------
+
+class Operations(TorchDispatchMode):
+    """Notes the name of every operation."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), keywords=None):
+        self.names.add(str(operation).removeprefix("aten.").removesuffix(".default"))
+        return operation(*arguments, **(keywords or {}))
+
+
+def test_every_operation_of_a_step_has_a_kernel_on_apples_gpu(tmp_path):
+    """By torch's own table of kernels. Attention alone is another operation there: the CPU's has one of its own."""
+    table = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
+    entries = {re.match(r"[\w.]+", entry)[0]: entry for entry in table.read_text("utf-8").split("\n- func: ")[1:]}
+
+    def runs_there(name):
+        entry = entries[name]
+        if "structured_delegate: " in entry:
+            entry = entries[re.search(r"structured_delegate: (\S+)", entry)[1]]
+        return "dispatch:" not in entry or "MPS" in entry or "Composite" in entry
+    with Operations() as operations, torch.autograd.set_multithreading_enabled(False):
+        for loop in grpo, ppo:
+            loop.train(tiny.settings(loop, tmp_path, steps=2), reward=tiny.letter_e)
+    names = {name for name in operations.names if not name.startswith("profiler.")}
+    assert not runs_there("_scaled_dot_product_flash_attention_for_cpu") and len(names) > 100
+    assert {name for name in names if not runs_there(name)} == {
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward"}

@@ -27,6 +27,8 @@ from grpo_min.run.table import read_csv
 from tests import tiny
 from tests.tiny import END, PAD
 
+if sys.platform == "win32":
+    pytest.skip("needs the processes and signals of POSIX", allow_module_level=True)
 ROOT = Path(__file__).parent.parent
 STEPS = 8
 calls = []      # of the reward

@@ -3,6 +3,7 @@ run once, the tables and files hold what the runs reached, and nothing is traine
 """
 import csv
 import json
+import os
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from grpo_min import grpo, ppo, sft, variants
 from grpo_min.lab.report import state_bytes
 from grpo_min.lab.studies import (__main__ as command, baselines, common, credit, critic, group_size, is_rl_needed, kl,
-                                  learning, length, noise, overoptimisation, recipes, tuning)
+                                  learning, length, noise, overoptimisation, recipes, threads, tuning)
 from grpo_min.lab.studies.common import StudyConfig
 from grpo_min.rewards import correct
 from grpo_min.rollout import Prompts, sample, token_logprobs
@@ -327,8 +328,15 @@ def test_countdown_to_the_end(run_study):
     assert text.count("\n| use ") == 3 and "| prompt | fine-tuned | GRPO, seed 1 |" in text
 
 
-@pytest.mark.slow
-def test_threads_alone_and_beside_busy_processes(tmp_path):
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs an affinity")
+def test_the_main_job_where_others_use_the_cores(tmp_path, monkeypatch):
+    """Each time from nothing, in a folder of its own; with one core where that is said, and with all again after it."""
+    started, all_cores = [], os.sched_getaffinity(0)
+    monkeypatch.setattr(threads.subprocess, "run", lambda command, **_: started.append(
+        (command[-3:], len(os.sched_getaffinity(0)))))
+    monkeypatch.setattr(threads, "use_a_core", print)                       # a process that ends at once
     command.main(["threads", "--quick", "--out", str(tmp_path)])
     rows = [line.strip("| ").split(" | ") for line in (tmp_path / "threads.md").read_text().splitlines()[2:6]]
-    assert len(rows) == 4 and all(float(rate) > 0 for _, *rates in rows for rate in rates)
+    assert len(rows) == 4 and rows[0][2] == "1.00" and os.sched_getaffinity(0) == all_cores
+    assert [cores for _, cores in started] == [len(all_cores)] * 3 + [1]
+    assert len({words[1] for words, _ in started}) == 4 and all(words[2] == "--quick" for words, _ in started)
