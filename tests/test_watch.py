@@ -224,7 +224,7 @@ def test_samples_of_an_older_version_are_shown_as_whole_completions(tmp_path):
 SAMPLE = dict(step=1, prompt="p", completion="c", reward=1, advantage=0, tokens=["c"], advantages=[0.5], values=[1])
 BROKEN = {     # (file, how its second line reads, what the message names)
     "not JSON": ("samples.jsonl", '{"step": 1, "prom', "samples.jsonl, line 2"),
-    "a number for a prompt": ("samples.jsonl", dict(SAMPLE, prompt=1), "samples.jsonl, line 2"),
+    "a list for a prompt": ("samples.jsonl", dict(SAMPLE, prompt=["p"]), "samples.jsonl, line 2"),
     "a word for a reward": ("samples.jsonl", dict(SAMPLE, reward="much"), "samples.jsonl, line 2"),
     "far too much": ("samples.jsonl", dict(SAMPLE, reward=10**400), "samples.jsonl, line 2"),
     "not finite": ("samples.jsonl", dict(SAMPLE, advantage=float("nan")), "samples.jsonl, line 2"),
