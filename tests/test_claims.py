@@ -863,8 +863,8 @@ def products():
     return f"{share['update']:.0%}", f"{share['sample']:.0%}"
 
 
-@under("threads", "A process that uses one core for 20 seconds of pretraining makes the main job take {} times as long, "
-       "one that always does {} times, and one core alone {} times.")
+@under("threads", "A process that uses one core for some seconds of pretraining makes the main job take {} times as "
+       "long, one that always does {} times, and one core alone {} times.")
 def sharing():
     rows = [(int(seconds), float(times)) for _, seconds, times in table("threads")[2:]]
     assert [times for _, times in rows] == [pytest.approx(seconds / rows[0][0], abs=0.01) for seconds, _ in rows]

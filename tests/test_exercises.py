@@ -3,6 +3,7 @@ answer fails, and hears what is wrong.
 """
 import csv
 import re
+import sys
 import types
 from collections import Counter
 
@@ -120,7 +121,8 @@ def test_command_says_pass_wrong_or_not_begun(capsys, reader):
     ("return nothing", ["line 2", "NameError", "nothing"]),
     ("return (rewards", ["line 2 is not Python"]),
     ("import no_such_module", ["line 2", "no_such_module"]),
-    ("return group_advantages(rewards, group_size)", ["line 2", "RecursionError"]),
+    pytest.param("return group_advantages(rewards, group_size)", ["line 2", "RecursionError"], marks=pytest.mark.skipif(
+        sys.version_info[:3] == (3, 13, 0), reason="Python 3.13.0 itself takes all memory")),
 ])
 def test_a_crash_names_the_readers_line_and_shows_no_traceback(capsys, reader, body, words):
     reader(body)

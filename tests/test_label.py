@@ -29,7 +29,8 @@ ROOT = Path(__file__).parent.parent
 QUESTION = "u(ndo), q(uit)? "
 SCREEN = re.compile(r"\[(\d+) of (\d+), choices so far: (\d+)\]  (.*?)\r?\n  1: (.*?)\r?\n  2: (.*?)\r?\n")
 
-fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))         # there is no such terminal on Windows
+# On Windows there is no such terminal.
+fcntl, pty, termios = map(pytest.importorskip, ("fcntl", "pty", "termios"))
 
 
 def words(folder, **more):

@@ -38,7 +38,7 @@ TABLES += [("critic-training", critic.TRAININGS, critic.LEARNED)]
 def test_help_lists_every_study(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
-    listed = re.findall(r"^ {4}(\w+)  +\w", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
+    listed = re.findall(r"^ *(\w+)  +\w", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
     assert listed == [*list(command.STUDIES)[:-1], "all", "threads"] and len(listed) == 16
 
 

@@ -48,7 +48,7 @@ class StudyConfig:
     kl                  how much KL penalty, and charged where
     countdown           does the loop learn a task of one's own
     all                 those from baselines to countdown, and the minutes of each
-    threads             spinning threads on a shared machine
+    threads             the main job where other processes use the cores
     """
     run: str = option("runs/study", "folder for the runs")
     out: str = option(str(RESULTS), "folder for the results")
