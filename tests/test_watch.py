@@ -221,6 +221,16 @@ def test_samples_of_an_older_version_are_shown_as_whole_completions(tmp_path):
     assert [row["tokens"] for row in completions(data_of(page.run_page(folder)))] == [["a b"]] * 8
 
 
+def test_a_completion_that_was_not_judged_is_shown(tmp_path):
+    """It has no reward; the others' mean is the baseline, and nothing breaks."""
+    def half(prompts, completions, **columns):
+        return [None if i % 2 else 1.0 for i in range(len(completions))]
+    grpo.train(tiny.settings(grpo, tmp_path, run=str(tmp_path / "run"), steps=2), reward=half)
+    rows = page.read_samples(tmp_path / "run/samples.jsonl")
+    assert {"reward" in row for row in rows} == {True, False} and page.run_page(tmp_path / "run")
+    assert all(row["tokens"] == [row["completion"]] for row in rows if "reward" not in row)
+
+
 SAMPLE = dict(step=1, prompt="p", completion="c", reward=1, advantage=0, tokens=["c"], advantages=[0.5], values=[1])
 BROKEN = {     # (file, how its second line reads, what the message names)
     "not JSON": ("samples.jsonl", '{"step": 1, "prom', "samples.jsonl, line 2"),
@@ -232,7 +242,7 @@ BROKEN = {     # (file, how its second line reads, what the message names)
     "tokens that are no list": ("samples.jsonl", dict(SAMPLE, tokens="c"), "samples.jsonl, line 2"),
     "a token that is no string": ("samples.jsonl", dict(SAMPLE, tokens=[1]), "samples.jsonl, line 2"),
     "too few values": ("samples.jsonl", dict(SAMPLE, values=[]), "samples.jsonl, line 2"),
-    "values that are no list": ("samples.jsonl", dict(SAMPLE, values=None), "samples.jsonl, line 2"),
+    "values that are no list": ("samples.jsonl", dict(SAMPLE, values=3), "samples.jsonl, line 2"),
     "a word for a number": ("metrics.csv", "1,high,", "metrics.csv, line 3"),
     "too few cells": ("metrics.csv", "1", "metrics.csv, line 3"),
     "too many cells": ("metrics.csv", "1,2,3,4", "metrics.csv, line 3"),

@@ -111,17 +111,21 @@ def read_samples(path):
     """The rows of samples.jsonl. Those that an older version wrote have no tokens: then the completion is one token."""
     if path.exists() and path.stat().st_size == 0:
         return []
-    samples = read_jsonl(path, ["prompt", "completion"])
-    for line, row in enumerate(samples, start=1):
+    samples = []
+    for line, row in enumerate(read_jsonl(path, ["prompt", "completion"]), start=1):
+        row = {name: value for name, value in row.items() if value is not None}
+        if "reward" not in row:                                           # not judged: none of its tokens was trained
+            row = {name: row[name] for name in ("step", "prompt", "completion", "advantage") if name in row}
         row.setdefault("tokens", [row["completion"]])
         require(is_sample(row), f"{path}, line {line}: not a sample (numbers step, reward, advantage; the list tokens; "
                 "and where there are lists advantages and values, a number for each token)")
+        samples.append(row)
     return samples
 
 
 def is_sample(row):
     """Whether page.html can draw a row of samples.jsonl."""
-    tokens, numbers = row["tokens"], [row.get("reward"), row.get("advantage")]
+    tokens, numbers = row["tokens"], [row.get("reward", 0), row.get("advantage")]
     if type(row.get("step")) is not int or not isinstance(tokens, list):
         return False
     for name in "advantages", "values":
