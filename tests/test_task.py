@@ -17,7 +17,7 @@ from tests import tiny
 from tests.tiny import TOKENIZER
 
 pytestmark = pytest.mark.usefixtures("no_curves")
-COUNTDOWN = Path(__file__).parent.parent / "tutorials" / "countdown.py"
+COUNTDOWN = Path(__file__).parent.parent / "tutorials" / "tasks" / "countdown.py"
 GOOD = '''
 def prompts(split):
     return [dict(prompt=f"{split} {i} or {i + 1}?", wish="e" if i % 2 else "a", size=i) for i in range(12)]

@@ -12,7 +12,7 @@ Signature prompts(split) -> list of dicts with "prompt" and whatever else the re
           reward(prompts, completions, **columns) -> list of B floats; columns has the other fields, and `finished`.
 Hint      The base model knows small numbers and some animals. Tasks of one short line are learned in a minute: the
           larger of two numbers, a list in reverse, counting.
-Real one  tutorials/countdown.py, a file of the same form; as it stands, yours is one for --task, too
+Real one  tutorials/tasks/countdown.py, a file of the same form; as it stands, yours is one for --task, too
 
     python -m tutorials.exercises.check 12            then, with the real loops: --train
 """

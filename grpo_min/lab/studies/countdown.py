@@ -1,5 +1,6 @@
-"""Does the loop learn a task of one's own? The base model is fine-tuned on the demonstrations of tutorials/countdown.py
-and then trained by GRPO on its reward, with 3 seeds, all judged on its test prompts, which nothing else uses.
+"""Does the loop learn a task of one's own? The base model is fine-tuned on the demonstrations of
+tutorials/tasks/countdown.py and then trained by GRPO on its reward, with 3 seeds, all judged on its test prompts, which
+nothing else uses.
 
 Writes countdown.md: the commands that do the same, the table, and some answers.
 """
@@ -16,7 +17,7 @@ from grpo_min.variants import as_options
 from grpo_min.sample import ask
 from grpo_min.task import load_task
 
-ROOT, TASK = Path(__file__).parents[3], "tutorials/countdown.py"
+ROOT, TASK = Path(__file__).parents[3], "tutorials/tasks/countdown.py"
 SFT, LENGTH = dict(steps=2000), dict(max_new_tokens=60)      # all else as by default
 COMMANDS = [
     f"python -m grpo_min.sft --task {TASK} {as_options(SFT)} --run runs/countdown/sft",
