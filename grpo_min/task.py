@@ -1,4 +1,4 @@
-"""A task of your own in one Python file, for --task. Like tutorials/tasks/countdown.py, it has
+"""A task of your own in one Python file, for --task. Like those of tutorials/tasks, it has
 
     prompts(split) -> rows with prompt and what the reward needs; split: train, val, test
     demonstrations() -> rows with prompt and response
