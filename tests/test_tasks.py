@@ -65,7 +65,8 @@ def two_words(text, finished=True, words=("river", "moon")):
 @pytest.mark.parametrize("text", [
     "The moon shines on the river.", " The river, cold and deep, mirrors the MOON!\n", "Does the Moon love the River?",
     '"The moon is above the river."', "The river saw the moon at five o'clock.", "The “river” mirrors the *moon*.",
-    "One two three four five six seven eight nine ten river moon.",                                   # twelve words
+    "A half-river, half-moon.",
+    "One two three four five six seven eight nine ten river moon.",          # twelve words
     "<think>They go well together.</think> The moon shines on the river."])
 def test_a_sentence_with_both_words(text):
     assert two_words(text) == 1.0
@@ -155,8 +156,8 @@ RIGHT = [       # (what is written, what is meant)
         "The answer is \\(72\\), not 24.", "The answer is:\n72\n- 48 in April", "The answer is 48 + 24 = 72",
         "The answer is that she sold 72", "The answer is 24. No, the answer is 72. I forgot 48.",
         "\\boxed{72}", "$\\boxed{72}$.", "\\boxed {72}", "\\boxed{72\\text{ clips}}", "\\boxed{\\$72}", "\\boxed{72.0}",
-        "\\boxed{72} as 48 + 24", "\\boxed{24} then \\boxed{72}", "#### 24 but \\boxed{72}", "\\boxed{x = 72}",
-        "\\boxed{\n72\n}", "\\[\\boxed{72}\\] The answer is 24.", "<think>answer: 24</think> 72", "10-3 is not 72",
+        "\\boxed{72\\text{ clips}} 24", "\\boxed{72} as 48 + 24", "\\boxed{24} then \\boxed{72}", "#### 24 but \\boxed{72}",
+        "\\boxed{x = 72}", "\\boxed{\n72\n}", "\\[\\boxed{72}\\] The answer is 24.", "<think>answer: 24</think> 72", "10-3 is not 72",
         QUESTION + " 72", QUESTION + "\n72 clips"]],
     *[(text, "1000") for text in ["1,000", "1000", "$1,000.00", "1{,}000", "\\boxed{1,000}", "#### 1,000", "1,000."]],
     ("1,234,567", "1234567"), ("1234567", "1,234,567"), ("The answer is 2,125.", "2,125"),
@@ -175,8 +176,8 @@ def test_numbers_as_people_write_them(text, target):
 WRONG = [       # (what is written, what it does not mean)
     *[(text, "72") for text in [
         "", " ", "seventy-two", "72.5", "72.05", "7.2", "720", "172", "7,2", "72,000", "0.72", ".72", "72.0.1", "-72",
-        "−72", "$-72", "7 2", "72 and 24", "72 / 2", "72/1", "1/72", "72:00", "12:72", "72^1", "7.2e1", "72e0", "72k",
-        "72K", "72M", "x72", "v72", "72²", "72½", "７２", "٧٢", "7²", "7.2.", "72-24 = 48", "70 + 2", "9*8", "36+36",
+        "7{,}2", "−72", "$-72", "7 2", "72 and 24", "72 / 2", "72/1", "1/72", "72:00", "12:72", "72^1", "7.2e1", "72e0",
+        "72k", "72K", "72M", "x72", "v72", "72²", "72½", "７２", "٧٢", "7²", "7.2.", "72-24 = 48", "70 + 2", "9*8", "36+36",
         "72 is wrong, 24 is right", "72. It was 48 in April", "72\n24", "#### 24 but 72", "The answer is 24, not 72",
         "#### 72\n#### 24", "The answer is 72. The answer is 24.", "\\boxed{72} \\boxed{24}", "\\boxed{24} #### 72",
         "\\boxed{48, 72}", "\\boxed{72, 24}", "\\boxed{48+24}", "\\boxed{48+24=72}", "\\boxed{} 72", "\\boxed{none} 72",
@@ -298,6 +299,8 @@ class Sums:
         return dict(question=f"{a} + {b} =", answer=str(a + b), metadata=dict(terms=(a, b)))
 
     def score_answer(self, answer, entry):
+        if answer is None:
+            return 0.5          # whoever has no answer must not be asked about
         return 1.0 if int(answer) == sum(entry["metadata"]["terms"]) else 0.25
 
 
