@@ -50,6 +50,8 @@ class GRPOConfig:
     group_size: int = option(8, "completions per prompt, G")
     epochs: int = option(1, "passes over each batch (DeepSeekMath's mu)")
     minibatches: int = option(1, "updates per pass: the batch is split by prompts")
+    microbatches: int = option(1, "parts that an update is computed in: the same gradient, "
+                               "with less memory for activations")
     lr: float = option(3e-4, "learning rate of the policy (AdamW)")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     clip_eps: float = option(0.2, "the ratio counts between 1 - clip_eps and 1 + clip_eps")
@@ -109,14 +111,15 @@ def kl_estimate(logprobs, ref_logprobs, kind):
 def check(config):
     """A UserError for settings that cannot work."""
     require_positive(config, "steps", "prompts_per_step", "group_size", "epochs", "lr",
-                     "minibatches", "max_grad_norm", "clip_eps", "temperature",
-                     "max_new_tokens")
+                     "minibatches", "microbatches", "max_grad_norm", "clip_eps",
+                     "temperature", "max_new_tokens")
     require(config.group_size >= 2, f"--group-size {config.group_size}: a group needs at "
             "least 2 completions, since their mean is the baseline")
     require(config.beta >= 0, f"--beta must be at least 0, not {config.beta}")
-    require(config.prompts_per_step % (config.minibatches * RANKS) == 0,
-            f"{config.prompts_per_step} prompts do not divide into {config.minibatches} "
-            "minibatches" + (f" on each of {RANKS} ranks" if RANKS > 1 else ""))
+    parts = config.minibatches * config.microbatches * RANKS
+    require(config.prompts_per_step % parts == 0,
+            f"{config.prompts_per_step} prompts do not divide into {parts} parts: "
+            "minibatches x microbatches x ranks")
     require(config.kl_in == "loss" or config.kl == "k1", "--kl-in reward needs --kl k1: k2 "
             "and k3 in the reward have wrong gradients")
 
@@ -161,14 +164,15 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
             clock = metrics.Clock(device)
             batch, prompts, rollout, rewards, texts = collect(
                 config, policy, reward, rows, step, clock)
+            n = config.minibatches * config.microbatches  # parts that are read at a time
             old_logprobs, ref_logprobs = None, None  # (B, N) where they are needed
             charge = torch.zeros_like(rollout.logprobs)  # (B, N)
             if config.beta > 0:
                 ref_logprobs = frozen_logprobs(reference, prompts, rollout,
-                                               config.temperature, config.minibatches)
+                                               config.temperature, n)
             if config.epochs * config.minibatches > 1 or config.kl_in == "reward":
                 old_logprobs = frozen_logprobs(policy, prompts, rollout,
-                                               config.temperature, config.minibatches)
+                                               config.temperature, n)
             if config.beta > 0 and config.kl_in == "reward":
                 charge = config.beta * kl(old_logprobs, ref_logprobs, config.kl)
                 charge = charge * rollout.mask
@@ -183,7 +187,7 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
             # --- 6. update
             updates = []
             for _ in range(config.epochs):
-                for part, b in split(prompts, rollout, config.minibatches):  # b: rows of B
+                for i, (part, b) in enumerate(split(prompts, rollout, n)):  # b: rows of B
                     mask, penalty = rollout.mask[b], 0.0  # (b, N)
                     logprobs, entropy = token_logprobs(policy, *part, config.temperature)
                     # With one update per batch the old policy is this one: a ratio of 1.
@@ -192,7 +196,8 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
                         penalty = config.beta * kl(logprobs, ref_logprobs[b], config.kl)
                     objective = loss(logprobs, old, advantages[b], mask, config.clip_eps,
                                      penalty)
-                    norm = update(run, policy, optimizer, objective, config.max_grad_norm)
+                    norm = update(run, policy, optimizer, objective, config.max_grad_norm,
+                                  i, config.microbatches)
                     updates.append(metrics.update_metrics(
                         objective, norm, logprobs, old, rollout.logprobs[b], entropy, mask,
                         config.clip_eps))

@@ -438,7 +438,7 @@ def test_the_default_critic_is_for_right_answers_to_arithmetic_alone(refused):
 
 @LOOPS
 def test_minibatches_do_not_divide(command, refused):
-    assert "minibatches" in refused(command, minibatches=3)
+    assert "minibatches x" in refused(command, minibatches=3)
 
 
 @LOOPS

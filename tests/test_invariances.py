@@ -72,7 +72,7 @@ def gradients(tmp_path, monkeypatch, double):
             finished = (batch.ids == END).any(1)
             return Rollout(batch.ids, batch.mask, torch.zeros(batch.mask.shape), finished)
 
-        def update(run, model, optimizer, loss, max_norm):
+        def update(run, model, optimizer, loss, max_norm, *_):
             optimizer.zero_grad()
             loss.backward()
             for name, parameter in model.named_parameters():

@@ -674,3 +674,35 @@ def test_resumed_supervised_stage_is_the_uninterrupted_one(name, tmp_path, monke
     resumed, _ = stage.train(dataclasses.replace(parts, resume=True))
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert tiny.same(state(model), state(resumed))
+
+
+# --- parts of an update -------------------------------------------------------------------------------------------
+
+@LOOPS
+@pytest.mark.parametrize("more", [dict(), dict(minibatches=2, epochs=2, kl="k2"), dict(kl="k1", kl_in="reward")],
+                         ids=["one update", "four updates", "the KL in the reward"])
+def test_microbatches_change_no_gradient(loop, more, tmp_path, monkeypatch, double):
+    """Parts of whole groups: as many updates, each with the gradient of the whole; and the metrics are those."""
+    clip, found, rows = torch.nn.utils.clip_grad_norm_, [], []
+
+    def recording(parameters, max_norm):
+        parameters = list(parameters)
+        found[-1].append([parameter.grad.clone() for parameter in parameters])
+        return clip(parameters, max_norm)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", recording)
+    for parts in 1, 2, 4 // more.get("minibatches", 1):
+        found.append([])
+        config = settings(loop, tmp_path, steps=1, beta=0.3, microbatches=parts, **more)
+        rows += loop.train(config, reward=letter_e)[1]
+    for other, row in zip(found[1:], rows[1:]):
+        assert len(other) == len(found[0])
+        for a, b in zip(found[0], other):
+            assert all((x - y).abs().max() < 1e-12 for x, y in zip(a, b)) and any(x.abs().max() > 1e-6 for x in a)
+        for name in "loss", "grad_norm", "kl", "reward":
+            assert row[name] == pytest.approx(rows[0][name], rel=1e-9), name
+
+
+@LOOPS
+def test_prompts_that_do_not_divide_into_microbatches(loop, tmp_path):
+    with pytest.raises(UserError, match="4 prompts do not divide into 8 parts: minibatches x microbatches"):
+        loop.train(settings(loop, tmp_path, minibatches=2, microbatches=4), reward=letter_e)

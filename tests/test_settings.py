@@ -181,7 +181,7 @@ def test_value_loss_gets_its_settings(tmp_path, watch):
         rows = slice(6 * (i % 2), 6 * (i % 2) + 6)
         assert clip == 0.05 and torch.equal(old, old_values[rows]) and torch.equal(target, returns[rows])
         assert (values - old).abs().max() < 1e-6 if i == 0 else (values - old).abs().max() > 1e-4
-    critics = [loss for (_, model, _, loss, _), _ in updates if type(model).__name__ == "Critic"]
+    critics = [loss for (_, model, _, loss, *_), _ in updates if type(model).__name__ == "Critic"]
     assert [loss.item() for loss in critics] == pytest.approx([error.item() for _, error in losses])
 
 

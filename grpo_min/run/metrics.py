@@ -96,8 +96,10 @@ def explained_variance(values, returns, mask):
 
 
 def average(updates):
-    """[{column: number}, ..] -> {column: mean over the updates}; of the gap the largest."""
-    row = {name: float(np.mean(values)) for name, values in columns(updates).items()}
+    """[{column: number or ""}, ..] -> {column: mean over them}; of the gap the largest."""
+    def mean(values):
+        return float(np.mean([value for value in values if value != ""]))
+    row = {name: mean(values) for name, values in columns(updates).items()}
     return dict(row, gap=max(columns(updates)["gap"]))
 
 
