@@ -16,7 +16,7 @@ differs from GPT-2, and why people changed it:
 Shapes as in model.py; K heads of keys and values, each for H / K heads of queries; F the
 width between the two layers of an MLP.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -126,6 +126,14 @@ class Llama(GPT):
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
+
+    def with_head(self, kind):
+        """As GPT's, and without weights for logits, which nobody will ask it for."""
+        model = kind(replace(self.config, tied=True), self.tokenizer)
+        state = self.state_dict()
+        state.pop("unembed.weight", None)
+        model.trunk.load_state_dict(state)
+        return model.to(self.tokens.weight.device)
 
     def head(self, states):
         """states (..., D) -> logits (..., V)."""

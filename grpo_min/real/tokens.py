@@ -1,0 +1,152 @@
+"""A tokenizer of elsewhere becomes ours: byte-pair encoding, and the template of its chats.
+
+Others write bytes as GPT-2's letters and keep a list of merges. tiktoken wants ranks: the
+lower id is merged first, which is the same where merges stand in the order of their ids.
+What a user types is never a special token: while the template, a program in Jinja, is run,
+what looks like one in the text is broken up.
+"""
+import functools
+import re
+
+from grpo_min.run.config import UserError, require
+from grpo_min.tokenizer import Tokenizer
+
+WORDS = r" ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+SUFFIXES = "'s|'t|'re|'ve|'m|'ll|'d"
+LINES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# GPT-2's own; with a token per digit, whatever stands before it (SmolLM2); the later ones.
+GPT2 = f"{SUFFIXES}|{WORDS}"
+DIGITS = GPT2.replace(r" ?\p{N}+", r"\p{N}").replace(r"(?!\S)", r"(?![^\s\p{N}])")
+LLAMA3 = rf"(?i:{SUFFIXES})|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}{LINES}"
+QWEN2 = LLAMA3.replace("{1,3}", "")
+# A GGUF, and a tokenizer without tokenizer.json, name theirs: pattern, Unicode form.
+KNOWN = {"gpt-2": (GPT2, ""), "smollm": (DIGITS, ""), "llama-bpe": (LLAMA3, ""),
+         "qwen2": (QWEN2, "NFC"), "GPT2Tokenizer": (GPT2, ""),
+         "GPT2TokenizerFast": (GPT2, ""), "Qwen2Tokenizer": (QWEN2, "NFC"),
+         "Qwen2TokenizerFast": (QWEN2, "NFC")}
+PLAIN = "User: {{ messages[0]['content'] }}\nAssistant:"
+FILLER = "<|unused {}|>"  # for an id without a token
+
+
+@functools.cache
+def letters():
+    """The letter that GPT-2 writes for each byte: {letter: byte}."""
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {
+        chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+def make(vocab, merges, special, vocab_size, source, pattern, form="", template="",
+         names=None, ends=(), pads=()):
+    """A Tokenizer of {text in letters: id}, [(left, right), ..] and {name: id}; UserError.
+
+    names {bos_token, eos_token}: what its template may ask for. ends, pads: ids or names,
+    the likeliest first, of which the first that can be END, or PAD, is.
+    """
+    ranks = {}
+    require(min(map(len, special), default=2) > 1,
+            f"{source}: a special token of one letter, which is not built")
+    for text, rank in vocab.items():
+        if text not in special:
+            try:
+                ranks[bytes(letters()[letter] for letter in text)] = rank
+            except KeyError:
+                raise UserError(f"{source}: a tokenizer of an unknown kind: its token "
+                                f"{text!r} is not written in GPT-2's letters for bytes")
+    order = [vocab.get(left + right, -1) for left, right in merges]
+    require(order == sorted(order) and (not order or order[0] >= 0),
+            f"{source}: its merges are not in the order of its ids, which is not built")
+    special, taken = dict(special), {*ranks.values(), *special.values()}
+    require(max(taken, default=0) < vocab_size,
+            f"{source}: a tokenizer of more ids than the model's {vocab_size}")
+    for rank in set(range(vocab_size)) - taken:
+        special[FILLER.format(rank)] = rank
+    missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+    for rank, byte in enumerate(missing, start=vocab_size):
+        ranks[bytes([byte])] = rank  # encode leaves it out, as others do
+    template = template or PLAIN
+    ends = [turn_end(template, names, special), names.get("eos_token"), *ends]
+    ends = [number for number in as_ids(ends, special) if number < vocab_size]
+    require(ends, f"{source} does not say which token ends an answer")
+    own = sorted(rank for name, rank in special.items() if name not in names.values())
+    pads = [number for number in as_ids([*pads, *own, 0, 1], special)
+            if number != ends[0] and number < vocab_size]
+    real = dict(vocab_size=vocab_size, form=form, template=template, names=names,
+                pad=pads[0], end=ends[0])
+    ids = sorted([*ranks.values(), *special.values()])
+    require(ids == list(range(len(ids))), f"{source}: two of its tokens have the same id")
+    return Tokenizer(ranks, special, pattern, "{}", real)
+
+
+def as_ids(found, special):
+    """Names and ids, some None -> the ids of those that there are."""
+    ids = [special.get(each) if isinstance(each, str) else each for each in found]
+    return [each for each in ids if isinstance(each, int) and each >= 0]
+
+
+@functools.lru_cache(maxsize=16)
+def compiled(template):
+    """A chat template, run in Jinja's sandbox: it reaches nothing but what it is given."""
+    try:
+        import jinja2.ext
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError("chat templates need jinja2: python -m pip install jinja2")
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template)
+
+
+def render(template, names, *messages):
+    """What a template makes of messages (role, content), and the assistant's turn begins.
+
+    Without the date, which some templates ask for if they can: a prompt stays the same.
+    """
+    messages = [dict(role=role, content=content) for role, content in messages]
+    try:
+        return compiled(template).render(messages=messages, **names,
+                                         add_generation_prompt=len(messages) == 1)
+    except UserError:
+        raise
+    except Exception as error:  # a template may fail in many ways
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"the model's chat template fails: {line or type(error).__name__}")
+
+
+def turn_end(template, names, special):
+    """The name of the special token that follows an assistant's answer, or None."""
+    try:
+        text = render(template, names, ("user", "question"), ("assistant", "the-answer"))
+    except UserError:
+        return None
+    after = text.partition("the-answer")[2]
+    found = splitter(tuple(special)).search(after)
+    return found and found[0]
+
+
+@functools.lru_cache(maxsize=16)
+def splitter(names):
+    """A regular expression of all these names, the longest first."""
+    names = [name for name in names if not name.startswith(FILLER[:9])]
+    names = map(re.escape, sorted(names, key=len, reverse=True))
+    return re.compile("|".join(names) or "(?!)")  # or nothing, ever
+
+
+def encode_chat(tokenizer, text):
+    """What the user said in the model's template -> ids. Only its own tokens are special."""
+    names = splitter(tuple(tokenizer.special))
+    private = map(chr, range(0xE000, 0xF900))
+    mark = next(letter for letter in private if letter not in text)
+    hidden = names.sub(lambda found: mark.join(found[0]) + mark, text)
+    whole = render(tokenizer.template, tokenizer.real["names"], ("user", hidden))
+    ids, done = [], 0
+    for found in names.finditer(whole):
+        ids += tokenizer.encode(whole[done:found.start()].replace(mark, ""))
+        ids.append(tokenizer.special[found[0]])
+        done = found.end()
+    return ids + tokenizer.encode(whole[done:].replace(mark, ""))
