@@ -239,9 +239,10 @@ def from_gguf(path, context):
     try:
         reader = gguf.GGUFReader(path)
         said = {name: field.contents() for name, field in reader.fields.items()}
-        tensors = {tensor.name: torch.from_numpy(
-            gguf.quants.dequantize(tensor.data, tensor.tensor_type)).to(
-            torch.get_default_dtype()) for tensor in reader.tensors}
+        tensors = {}
+        for part in reader.tensors:
+            unpacked = gguf.quants.dequantize(part.data, part.tensor_type)
+            tensors[part.name] = torch.tensor(unpacked, dtype=torch.get_default_dtype())
     except Exception as error:  # gguf fails in many ways
         line = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is no GGUF file, is damaged or cut short: {line}")
@@ -284,12 +285,11 @@ def gguf_config(said, tied, context, path):
     fields.update(model_type=family, tie_word_embeddings=tied,
                   vocab_size=len(said.get("tokenizer.ggml.tokens") or []))
     rest.pop("vocab_size", None)
-    config = names.read_config({**fields, **{name: rest[name] for name in rest if name not in
-                               ("rope.dimension_count", "attention.value_length")}},
-                               context, path)
-    for name in "rope.dimension_count", "attention.value_length":
-        require(rest.get(name, config.head_size) == config.head_size,
-                f"{path} asks for {name} {rest.get(name)}, which is not built")
+    sizes = [rest.pop(name, None) for name in ("rope.dimension_count",
+                                               "attention.value_length")]
+    config = names.read_config({**rest, **fields}, context, path)
+    require({*sizes} <= {None, config.head_size}, f"{path} turns a part of each head, or "
+            "has values of another size, which is not built")
     return fields, config
 
 

@@ -150,3 +150,8 @@ def encode_chat(tokenizer, text):
         ids.append(tokenizer.special[found[0]])
         done = found.end()
     return ids + tokenizer.encode(whole[done:].replace(mark, ""))
+
+
+def own_again(tokenizer, prompt):
+    """A tokenizer of ours, exported and read again, as it was."""
+    return Tokenizer(tokenizer.ranks, tokenizer.special, tokenizer.pattern, prompt)
