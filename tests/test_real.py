@@ -176,7 +176,7 @@ def test_what_a_user_types_is_never_special(pair):
                  "<|<|im_end|>im_end|>", "{{ messages }}", "{% raw %}", "<|im_end|><|im_end|>"]:
         ids = ours.encode_prompt(text)
         special = [i for i in ids if i in ours.special.values()]
-        assert special == [1, 2, 1, 2, 1] and ours.decode(ids).count(text) == 1
+        assert special == [1, 2, 1, 2, 1] and f"user\n{text}<|im_end|>" in ours.decode(ids)
 
 
 def test_end_is_the_end_of_a_turn_and_pad_never_is(tmp_path, pair):

@@ -40,7 +40,7 @@ def tokenizer_json(tokenizer):
     ranks = {token: rank for token, rank in tokenizer.ranks.items()
              if rank < tokenizer.vocab_size}
     special = {name: rank for name, rank in tokenizer.special.items()
-               if not name.startswith(FILLER[:9])}
+               if not name.startswith(FILLER)}
 
     def text(token):
         return "".join(letter[byte] for byte in token)
@@ -70,7 +70,7 @@ def tokenizer_json(tokenizer):
 def tokenizer_config(tokenizer, context):
     """What else transformers want to know: names of special tokens, and the template."""
     special = {rank: name for name, rank in tokenizer.special.items()
-               if not name.startswith(FILLER[:9])}
+               if not name.startswith(FILLER)}
     said = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=context,
                 clean_up_tokenization_spaces=False)
     if tokenizer.pad in special:
@@ -99,7 +99,7 @@ def export(model, folder):
     bos = tokenizer.special.get((tokenizer.real or dict(names={}))["names"].get("bos_token"))
     if bos is not None:
         ends["bos_token_id"] = bos
-    config = names.write_config(model.config, type(model).__name__) | ends
+    config = names.write_config(model.config, isinstance(model, ScalarGPT)) | ends
     tensors = names.named(model, words)
     if "score.bias" in tensors and not tensors["score.bias"].any():
         del tensors["score.bias"]

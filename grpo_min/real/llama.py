@@ -22,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from grpo_min import tokenizer as tokenizers
-from grpo_min.model import GPT, autocast
+from grpo_min import model, tokenizer as tokenizers
 
 
 @dataclass
@@ -86,8 +85,8 @@ class Attention(nn.Module):
         heads = qkv.unflatten(2, (sum(self.parts), -1)).transpose(1, 2)  # (B, .., T, E)
         q, k, v = heads.split(self.parts, dim=1)
         angles = (positions[..., None] * self.speeds).unsqueeze(-3)  # (.., 1, T, E / 2)
-        q, k = turn(self.norm_q(q), angles), turn(self.norm_k(k), angles)
-        return q.to(v.dtype), k.to(v.dtype), v  # angles are float32
+        q, k = self.norm_q(q.to(angles)), self.norm_k(k.to(angles))  # bfloat16 is too coarse
+        return turn(q, angles).to(v), turn(k, angles).to(v), v
 
 
 class Block(nn.Module):
@@ -111,7 +110,7 @@ class Block(nn.Module):
         return self.down(F.silu(gate) * value)
 
 
-class Llama(GPT):
+class Llama(model.GPT):
     """Llama (2302.13971) and its relatives, in place of a GPT."""
 
     def __init__(self, config, tokenizer=None):
@@ -129,11 +128,10 @@ class Llama(GPT):
 
     def with_head(self, kind):
         """As GPT's, and without weights for logits, which nobody will ask it for."""
-        model = kind(replace(self.config, tied=True), self.tokenizer)
-        state = self.state_dict()
-        state.pop("unembed.weight", None)
-        model.trunk.load_state_dict(state)
-        return model.to(self.tokens.weight.device)
+        scalar, weights = kind(replace(self.config, tied=True), self.tokenizer), self.state_dict()
+        weights.pop("unembed.weight", None)
+        scalar.trunk.load_state_dict(weights)
+        return scalar.to(self.tokens.weight.device)
 
     def head(self, states):
         """states (..., D) -> logits (..., V)."""
@@ -149,7 +147,7 @@ class Llama(GPT):
         past: per layer keys and values (B, K, S, E) of what stands before.
         """
         x, present = self.embed(ids, positions), []  # (B, T, D)
-        with autocast(x.device):
+        with model.autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 x, keys_values = block(x, positions, past and past[layer], visible)
                 present.append(keys_values)

@@ -2,15 +2,15 @@
 
 A config is refused, by the field's name, for whatever it asks for that is not built.
 """
-import math
+from contextlib import contextmanager
 
 import torch
 
 from grpo_min.model import GPTConfig
 from grpo_min.real.llama import LlamaConfig
-from grpo_min.run.config import require
+from grpo_min.run.config import UserError, require
 
-# our module: theirs (several of theirs are ours below each other)
+# Our module: theirs. Several of theirs are ours below each other.
 GPT2 = {"tokens": "transformer.wte", "positions": "transformer.wpe", "scalar": "score",
         "norm": "transformer.ln_f", "blocks": "transformer.h", "norm1": "ln_1",
         "attention.qkv": "attn.c_attn", "attention.out": "attn.c_proj", "norm2": "ln_2",
@@ -26,105 +26,125 @@ GGUF = {"tokens": "token_embd", "norm": "output_norm", "unembed": "output", "blo
         "attention.out": "attn_output", "attention.norm_q": "attn_q_norm",
         "attention.norm_k": "attn_k_norm", "norm2": "ffn_norm", "up": "ffn_gate ffn_up",
         "down": "ffn_down"}
-# Tensors that hold no weights: masks, angles; and the head of a model where it is tied.
+# Tensors that hold no weights: masks, and angles.
 NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
+# Our field: theirs.
+GPT2_FIELDS = dict(vocab_size="vocab_size", context="n_positions", layers="n_layer",
+                   heads="n_head", width="n_embd")
+LLAMA_FIELDS = dict(vocab_size="vocab_size", context="max_position_embeddings",
+                    layers="num_hidden_layers", heads="num_attention_heads",
+                    kv_heads="num_key_value_heads", width="hidden_size",
+                    head_size="head_dim", hidden="intermediate_size", theta="rope_theta",
+                    eps="rms_norm_eps")
+GGUF_FIELDS = dict(
+    num_hidden_layers="block_count", hidden_size="embedding_length",
+    intermediate_size="feed_forward_length", num_attention_heads="attention.head_count",
+    num_key_value_heads="attention.head_count_kv", rope_theta="rope.freq_base",
+    max_position_embeddings="context_length", head_dim="attention.key_length",
+    rms_norm_eps="attention.layer_norm_rms_epsilon")
+# Fields that may say this alone, and those that do not change what a trained model computes.
 FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, hidden_act="silu",
              scale_attn_weights=True, pretraining_tp=1)
-# Fields that do not change what a trained model computes.
 SILENT = set("""model_type architectures transformers_version torch_dtype dtype use_cache
     _name_or_path bos_token_id eos_token_id pad_token_id initializer_range return_dict n_ctx
     attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_type summary_use_proj
     summary_activation summary_proj_to_labels summary_first_dropout task_specific_params
     id2label label2id reorder_and_upcast_attn is_llama_config transformers.js_config
-    """.split())
+    tie_word_embeddings""".split())
+
+
+@contextmanager
+def refusing(what):
+    """Whatever goes wrong with others' data or packages is one line, a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except ImportError as error:
+        package = error.name.split(".")[0]
+        raise UserError(f"{what}: it takes {package}: python -m pip install {package}")
+    except Exception as error:  # others' code fails in many ways
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{what}: {line or type(error).__name__}")
 
 
 def read_config(fields, context, source):
     """The fields of a config.json -> a GPTConfig or LlamaConfig, or a UserError.
 
-    context: positions, at most those that it was made for.
+    context: positions, at most those that the model was made for.
     """
-    fields, used = dict(fields), set(SILENT)
-
-    def take(name, default=None, kind=int):
-        used.add(name)
-        value = fields.get(name)
-        value = default if value is None else value
-        whole = isinstance(value, kind) and not isinstance(value, bool)
-        require(whole and value > 0 and math.isfinite(value),
-                f"{source}: config.json says {name} is {value}, where a number is needed")
-        return value
-
+    fields = {name: value for name, value in fields.items() if value is not None}
     family = fields.get("model_type")
     require(family in ("gpt2", "llama", "qwen2", "qwen3"), f"{source}: a model of the kind "
             f"{family} is not built, only gpt2, llama, qwen2 and qwen3")
+    says = f"{source}: config.json asks for"
+
+    def number(name, default=None):
+        value = fields.get(name, default)
+        kinds = (int, float) if name in ("rope_theta", "rms_norm_eps") else (int,)
+        require(type(value) in kinds and 0 < value < 1e12, f"{says} {name} {value}, where a "
+                "number above 0 is needed")
+        return value
+
+    words = GPT2_FIELDS if family == "gpt2" else LLAMA_FIELDS
+    used, tied = SILENT | {*words.values()}, fields.get("tie_word_embeddings")
     if family == "gpt2":
-        config = GPTConfig(take("vocab_size"), min(context, take("n_positions")),
-                           take("n_layer"), take("n_head"), take("n_embd"))
-        require(fields.get("tie_word_embeddings", True), f"{source}: config.json asks for "
-                "tie_word_embeddings false, which is not built for gpt2")
-        require(take("n_inner", 4 * config.width) == 4 * config.width,
-                f"{source}: config.json asks for n_inner {fields.get('n_inner')}, where "
-                "only 4 * n_embd is built")
-        fits = config.width % config.heads == 0
+        defaults, used = {}, used | {"n_inner"}
+        require(number("n_inner", 4 * number("n_embd")) == 4 * number("n_embd"),
+                f"{says} n_inner {fields.get('n_inner')}: only 4 * n_embd is built")
+        require(tied is not False, f"{says} tie_word_embeddings False, which is not built")
     else:
-        heads, width = take("num_attention_heads"), take("hidden_size")
-        config = LlamaConfig(
-            take("vocab_size"), min(context, take("max_position_embeddings")),
-            take("num_hidden_layers"), heads, take("num_key_value_heads", heads), width,
-            take("head_dim", width // heads), take("intermediate_size"),
-            float(take("rope_theta", rope_theta(fields, source), (int, float))),
-            float(take("rms_norm_eps", 1e-6, float)), bias=family == "qwen2",
-            head_norm=family == "qwen3", tied=bool(fields.get("tie_word_embeddings")))
-        used.update(["rope_parameters", "rope_scaling"])
-        if family != "llama" and not fields.get("use_sliding_window"):
-            used.update(["sliding_window", "max_window_layers"])
-        fits = heads % config.kv_heads == 0 and config.head_size % 2 == 0
-    require(fits, f"{source}: config.json has heads that do not fit its width")
-    used.add("tie_word_embeddings")
-    if set(fields.get("layer_types") or []) <= {"full_attention"}:
+        heads = number("num_attention_heads")
+        defaults = dict(num_key_value_heads=heads, head_dim=number("hidden_size") // heads,
+                        rms_norm_eps=1e-6, rope_theta=rope_theta(fields, says))
+        used |= {"rope_parameters", "rope_scaling"}
+    if family.startswith("qwen") and not fields.get("use_sliding_window"):
+        used |= {"sliding_window", "max_window_layers"}
+    if set(fields.get("layer_types", [])) <= {"full_attention"}:
         used.add("layer_types")
-    for name in fields.keys() - used:
-        value = fields[name]
-        require(value == FIXED[name] if name in FIXED else not value,
-                f"{source}: config.json asks for {name} {value}, which is not built")
-    return config
+    for name in sorted(fields.keys() - used):
+        fine = fields[name] == FIXED[name] if name in FIXED else not fields[name]
+        require(fine, f"{says} {name} {fields[name]}, which is not built")
+    sizes = {ours: number(name, defaults.get(name)) for ours, name in words.items()}
+    sizes["context"] = min(context, sizes["context"])
+    if family == "gpt2":
+        require(sizes["width"] % sizes["heads"] == 0, f"{says} heads that do not fit")
+        return GPTConfig(**sizes)
+    require(heads % sizes["kv_heads"] == 0 and sizes["head_size"] % 2 == 0,
+            f"{says} heads that do not fit each other")
+    return LlamaConfig(**sizes, bias=family == "qwen2", head_norm=family == "qwen3",
+                       tied=bool(tied))
 
 
-def rope_theta(fields, source):
+def rope_theta(fields, says):
     """The base of the angles, which newer configs have beside the kind of scaling."""
     found = 10000.0
     for name in "rope_scaling", "rope_parameters":
-        rope = dict(fields.get(name) or {})
-        kind = rope.pop("rope_type", rope.pop("type", "default"))
-        rope.pop("type", None)
+        rope = {"type": "default", **fields.get(name, {})}
         found = rope.pop("rope_theta", found)
-        require(kind == "default" and not rope, f"{source}: config.json asks for {name} "
-                f"{fields.get(name)}, which is not built")
+        kinds = {rope.pop("type"), rope.pop("rope_type", "default")}
+        require(kinds == {"default"} and not rope,
+                f"{says} {name} {fields.get(name)}, which is not built")
     return found
 
 
-def write_config(config, kind):
-    """The reverse, for a GPT, Llama or ScalarGPT -> the fields of a config.json."""
-    scores = dict(id2label={"0": "score"}, label2id={"score": 0})
-    head, scores = ("LMHeadModel", {}) if kind != "ScalarGPT" else (
-        "ForSequenceClassification", scores)
-    shared = dict(vocab_size=config.vocab_size, dtype="float32", **scores)
+def write_config(config, scores):
+    """The reverse, for a policy or a model that scores -> the fields of a config.json."""
+    fields, words = dict(dtype="float32"), LLAMA_FIELDS
+    if scores:
+        fields.update(id2label={"0": "score"}, label2id={"score": 0})
     if isinstance(config, GPTConfig):
-        return dict(architectures=[f"GPT2{head}"], model_type="gpt2", n_layer=config.layers,
-                    n_positions=config.context, n_head=config.heads, n_embd=config.width,
-                    activation_function="gelu_new", layer_norm_epsilon=1e-5, **shared)
-    family = "Qwen2" if config.bias else "Qwen3" if config.head_norm else "Llama"
-    head = head.replace("LMHeadModel", "ForCausalLM")
-    return dict(
-        architectures=[f"{family}{head}"], model_type=family.lower(), hidden_act="silu",
-        hidden_size=config.width, intermediate_size=config.hidden, rms_norm_eps=config.eps,
-        num_hidden_layers=config.layers, num_attention_heads=config.heads,
-        num_key_value_heads=config.kv_heads, head_dim=config.head_size,
-        max_position_embeddings=config.context, tie_word_embeddings=config.tied,
-        rope_theta=config.theta,
-        rope_parameters=dict(rope_type="default", rope_theta=config.theta), **shared)
+        family, head, words = "GPT2", "LMHeadModel", GPT2_FIELDS
+        fields.update(activation_function="gelu_new", layer_norm_epsilon=1e-5)
+    else:
+        family = "Qwen2" if config.bias else "Qwen3" if config.head_norm else "Llama"
+        head = "ForCausalLM"
+        fields.update(hidden_act="silu", tie_word_embeddings=config.tied, rope_parameters=
+                      dict(rope_type="default", rope_theta=config.theta))
+    head = "ForSequenceClassification" if scores else head
+    fields.update(model_type=family.lower(), architectures=[family + head])
+    return fields | {theirs: getattr(config, ours) for ours, theirs in words.items()}
 
 
 def their_names(ours, words):
@@ -144,20 +164,18 @@ def turned(name):
 
 @torch.no_grad()
 def fill(model, tensors, words, source):
-    """Copy tensors {their name: tensor} into a model; a UserError unless all is there.
-
-    The dict is emptied on the way, so that memory holds the weights once.
-    """
+    """Copy tensors {their name: tensor}, which are used up, into a model; or a UserError."""
     if words is GPT2 and "wte.weight" in tensors:  # as in the first release
         for name in list(tensors):
             tensors[f"transformer.{name}"] = tensors.pop(name)
+    tensors.setdefault("score.bias", torch.zeros(1))  # others' scores have none
     for ours, parameter in model.state_dict().items():
         parts, names = [], their_names(ours, words)
         for name in names:
-            if name == "score.bias":  # others' scores have none
-                tensors.setdefault(name, torch.zeros(1))
             require(name in tensors, f"{source} lacks the tensor {name}")
             part = tensors.pop(name)
+            require(part.is_floating_point(), f"{source}: the tensor {name} is of the type "
+                    f"{part.dtype}, which is not built")
             parts.append(part.T if turned(name) and part.dim() == 2 else part)
         if ours.endswith("positions.weight"):
             parts = [part[:len(parameter)] for part in parts]
@@ -167,16 +185,16 @@ def fill(model, tensors, words, source):
                 f"{source}: {' '.join(names)} of the shape {shapes} where config.json says "
                 f"{tuple(parameter.shape)}")
         parameter.copy_(torch.cat(parts))
-    known = NO_WEIGHTS + ("lm_head.weight",)  # tied, or it had been taken
+    known = *NO_WEIGHTS, "lm_head.weight", "score.bias"  # of a tied head, of a policy
     left = [name for name in tensors if not name.endswith(known)]
     require(not left, f"{source} has tensors that are not built: {', '.join(left[:3])}")
 
 
 def named(model, words):
     """A model's weights under their names -> {their name: tensor}, each of its own."""
-    tensors = {}
+    tensors, config = {}, model.config
     for ours, weight in model.state_dict().items():
-        names, config = their_names(ours, words), model.config
+        names = their_names(ours, words)
         sizes = [len(weight) // len(names)] * len(names)
         if len(names) == 3:
             sizes = [K * config.head_size

@@ -8,6 +8,7 @@ what looks like one in the text is broken up.
 import functools
 import re
 
+from grpo_min.real.names import refusing
 from grpo_min.run.config import UserError, require
 from grpo_min.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ KNOWN = {"gpt-2": (GPT2, ""), "smollm": (DIGITS, ""), "llama-bpe": (LLAMA3, ""),
          "GPT2TokenizerFast": (GPT2, ""), "Qwen2Tokenizer": (QWEN2, "NFC"),
          "Qwen2TokenizerFast": (QWEN2, "NFC")}
 PLAIN = "User: {{ messages[0]['content'] }}\nAssistant:"
-FILLER = "<|unused {}|>"  # for an id without a token
+FILLER = "<|unused "  # and the id, for one without a token
 
 
 @functools.cache
@@ -37,102 +38,91 @@ def letters():
         chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
-def make(vocab, merges, special, vocab_size, source, pattern, form="", template="",
-         names=None, ends=(), pads=()):
+def make(source, vocab, merges, special, vocab_size, cut, template, begins, named, ends,
+         pads):
     """A Tokenizer of {text in letters: id}, [(left, right), ..] and {name: id}; UserError.
 
-    names {bos_token, eos_token}: what its template may ask for. ends, pads: ids or names,
-    the likeliest first, of which the first that can be END, or PAD, is.
+    cut: pattern and Unicode form. begins: whether a text begins with BOS, for want of a
+    template. named {bos_token, eos_token}: what a template may ask for. ends, pads: ids or
+    names, the likeliest first: the first that there is becomes END; PAD is another.
     """
-    ranks = {}
     require(min(map(len, special), default=2) > 1,
             f"{source}: a special token of one letter, which is not built")
+    ranks, letter = {}, letters()
     for text, rank in vocab.items():
         if text not in special:
-            try:
-                ranks[bytes(letters()[letter] for letter in text)] = rank
-            except KeyError:
-                raise UserError(f"{source}: a tokenizer of an unknown kind: its token "
-                                f"{text!r} is not written in GPT-2's letters for bytes")
+            require(letter.keys() >= set(text), f"{source}: a tokenizer of an unknown kind: "
+                    f"its token {text!r} is not in GPT-2's letters for bytes")
+            ranks[bytes(letter[each] for each in text)] = rank
     order = [vocab.get(left + right, -1) for left, right in merges]
-    require(order == sorted(order) and (not order or order[0] >= 0),
+    require(order == sorted(order) and -1 not in order[:1],
             f"{source}: its merges are not in the order of its ids, which is not built")
-    special, taken = dict(special), {*ranks.values(), *special.values()}
-    require(max(taken, default=0) < vocab_size,
+    taken = {*ranks.values(), *special.values()}
+    require(max(taken) < vocab_size,
             f"{source}: a tokenizer of more ids than the model's {vocab_size}")
-    for rank in set(range(vocab_size)) - taken:
-        special[FILLER.format(rank)] = rank
+    fillers = {f"{FILLER}{rank}|>": rank for rank in set(range(vocab_size)) - taken}
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     for rank, byte in enumerate(missing, start=vocab_size):
         ranks[bytes([byte])] = rank  # encode leaves it out, as others do
-    template = template or PLAIN
-    ends = [turn_end(template, names, special), names.get("eos_token"), *ends]
-    ends = [number for number in as_ids(ends, special) if number < vocab_size]
+    named = {name: token for name, token in named.items() if token}
+    template = template or ("{{ bos_token }}" if begins else "") + PLAIN
+    ends = as_ids([turn_end(template, named, special), named.get("eos_token"), *ends], special)
     require(ends, f"{source} does not say which token ends an answer")
-    own = sorted(rank for name, rank in special.items() if name not in names.values())
-    pads = [number for number in as_ids([*pads, *own, 0, 1], special)
-            if number != ends[0] and number < vocab_size]
-    real = dict(vocab_size=vocab_size, form=form, template=template, names=names,
+    others = sorted(special[name] for name in special.keys() - named.values())
+    pads = [rank for rank in as_ids([*pads, *others, 0, 1], special) if rank != ends[0]]
+    ids = sorted([*ranks.values(), *special.values(), *fillers.values()])
+    require(ids == list(range(len(ids))) and {pads[0], ends[0]} <= set(range(vocab_size)),
+            f"{source}: two of its tokens have the same id, or END has none of the model's")
+    real = dict(vocab_size=vocab_size, form=cut[1], template=template, names=named,
                 pad=pads[0], end=ends[0])
-    ids = sorted([*ranks.values(), *special.values()])
-    require(ids == list(range(len(ids))), f"{source}: two of its tokens have the same id")
-    return Tokenizer(ranks, special, pattern, "{}", real)
+    return Tokenizer(ranks, special | fillers, cut[0], "{}", real)
 
 
 def as_ids(found, special):
     """Names and ids, some None -> the ids of those that there are."""
     ids = [special.get(each) if isinstance(each, str) else each for each in found]
-    return [each for each in ids if isinstance(each, int) and each >= 0]
+    return [each for each in ids if isinstance(each, int)]
 
 
 @functools.lru_cache(maxsize=16)
 def compiled(template):
     """A chat template, run in Jinja's sandbox: it reaches nothing but what it is given."""
-    try:
-        import jinja2.ext
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-    except ImportError:
-        raise UserError("chat templates need jinja2: python -m pip install jinja2")
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     def refuse(message):
-        raise jinja2.TemplateError(message)
+        raise TemplateError(message)
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     environment.globals["raise_exception"] = refuse
     return environment.from_string(template)
 
 
-def render(template, names, *messages):
+def render(template, named, *messages):
     """What a template makes of messages (role, content), and the assistant's turn begins.
 
     Without the date, which some templates ask for if they can: a prompt stays the same.
     """
     messages = [dict(role=role, content=content) for role, content in messages]
-    try:
-        return compiled(template).render(messages=messages, **names,
+    with refusing("the model's chat template fails"):
+        return compiled(template).render(messages=messages, **named,
                                          add_generation_prompt=len(messages) == 1)
-    except UserError:
-        raise
-    except Exception as error:  # a template may fail in many ways
-        line = " ".join(str(error).split())[:200]
-        raise UserError(f"the model's chat template fails: {line or type(error).__name__}")
 
 
-def turn_end(template, names, special):
+def turn_end(template, named, special):
     """The name of the special token that follows an assistant's answer, or None."""
     try:
-        text = render(template, names, ("user", "question"), ("assistant", "the-answer"))
+        text = render(template, named, ("user", "question"), ("assistant", "the-answer"))
     except UserError:
         return None
-    after = text.partition("the-answer")[2]
-    found = splitter(tuple(special)).search(after)
+    found = splitter(tuple(special)).search(text.partition("the-answer")[2])
     return found and found[0]
 
 
 @functools.lru_cache(maxsize=16)
 def splitter(names):
     """A regular expression of all these names, the longest first."""
-    names = [name for name in names if not name.startswith(FILLER[:9])]
+    names = [name for name in names if not name.startswith(FILLER)]
     names = map(re.escape, sorted(names, key=len, reverse=True))
     return re.compile("|".join(names) or "(?!)")  # or nothing, ever
 
@@ -140,8 +130,7 @@ def splitter(names):
 def encode_chat(tokenizer, text):
     """What the user said in the model's template -> ids. Only its own tokens are special."""
     names = splitter(tuple(tokenizer.special))
-    private = map(chr, range(0xE000, 0xF900))
-    mark = next(letter for letter in private if letter not in text)
+    mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)
     hidden = names.sub(lambda found: mark.join(found[0]) + mark, text)
     whole = render(tokenizer.template, tokenizer.real["names"], ("user", hidden))
     ids, done = [], 0
