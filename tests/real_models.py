@@ -77,7 +77,7 @@ def save(folder, family="llama", tokens_of=None, vocab_size=512, **more):
     config = getattr(transformers, f"{kind}Config")(vocab_size=vocab_size, **{**sizes, **changes, **ends, **more})
     model = randomised(AutoModelForCausalLM.from_config(config))
     model.save_pretrained(folder)
-    (tokens_of or tokenizer()).save_pretrained(folder)
+    (tokens_of or tokenizer("qwen2" if family.startswith("qwen") else "gpt2")).save_pretrained(folder)
     return model
 
 

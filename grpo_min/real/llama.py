@@ -37,8 +37,8 @@ class LlamaConfig:
     hidden: int        # F
     theta: float       # the slowest angle grows by about 1 / theta per position
     eps: float         # of the norms
-    bias: bool         # on q, k and v (Qwen2)
-    head_norm: bool    # on q and k (Qwen3)
+    bias: bool         # on q, k and v
+    head_norm: bool    # on q and k
     tied: bool         # the head's weights are the embedding's
 
     def build(self, tokenizer=None):
@@ -59,9 +59,8 @@ class Attention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        E, both = config.head_size, config.heads + 2 * config.kv_heads
-        self.parts = [config.heads, config.kv_heads, config.kv_heads]
-        self.qkv = nn.Linear(config.width, both * E, bias=config.bias)
+        E, self.parts = config.head_size, [config.heads, config.kv_heads, config.kv_heads]
+        self.qkv = nn.Linear(config.width, sum(self.parts) * E, bias=config.bias)
         self.out = nn.Linear(config.heads * E, config.width, bias=False)
         norm = (lambda: nn.RMSNorm(E, config.eps)) if config.head_norm else nn.Identity
         self.norm_q, self.norm_k = norm(), norm()
@@ -85,7 +84,7 @@ class Attention(nn.Module):
         heads = qkv.unflatten(2, (sum(self.parts), -1)).transpose(1, 2)  # (B, .., T, E)
         q, k, v = heads.split(self.parts, dim=1)
         angles = (positions[..., None] * self.speeds).unsqueeze(-3)  # (.., 1, T, E / 2)
-        q, k = self.norm_q(q.to(angles)), self.norm_k(k.to(angles))  # bfloat16 is too coarse
+        q, k = self.norm_q(q.to(angles)), self.norm_k(k.to(angles))  # bfloat16: too coarse
         return turn(q, angles).to(v), turn(k, angles).to(v), v
 
 
@@ -115,20 +114,18 @@ class Llama(model.GPT):
 
     def __init__(self, config, tokenizer=None):
         nn.Module.__init__(self)  # GPT's would make GPT-2's weights
-        self.config = config
-        self.tokenizer = tokenizer or tokenizers.own()
+        self.config, self.tokenizer = config, tokenizer or tokenizers.own()
         self.tokens = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.eps)
         if not config.tied:
             self.unembed = nn.Linear(config.width, config.vocab_size, bias=False)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.tokens.weight, std=0.02)  # a tied head's logits begin calm
 
     def with_head(self, kind):
         """As GPT's, and without weights for logits, which nobody will ask it for."""
-        scalar, weights = kind(replace(self.config, tied=True), self.tokenizer), self.state_dict()
+        scalar = kind(replace(self.config, tied=True), self.tokenizer)
+        weights = self.state_dict()
         weights.pop("unembed.weight", None)
         scalar.trunk.load_state_dict(weights)
         return scalar.to(self.tokens.weight.device)
@@ -138,14 +135,11 @@ class Llama(model.GPT):
         return F.linear(states, (self.tokens if self.config.tied else self.unembed).weight)
 
     def embed(self, ids, positions):
-        """ids (B, T) -> (B, T, D): the positions are the attention's business."""
+        """ids (B, T) -> (B, T, D): positions are the attention's business."""
         return self.tokens(ids)
 
     def run(self, ids, positions, past=None, visible=None):
-        """ids (B, T) at positions (T,) or (B, T) -> states (B, T, D), and past with them.
-
-        past: per layer keys and values (B, K, S, E) of what stands before.
-        """
+        """As GPT's, but per layer the keys and values are (B, K, S, E)."""
         x, present = self.embed(ids, positions), []  # (B, T, D)
         with model.autocast(x.device):
             for layer, block in enumerate(self.blocks):

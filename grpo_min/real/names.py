@@ -22,28 +22,24 @@ LLAMA = {"tokens": "model.embed_tokens", "norm": "model.norm", "unembed": "lm_he
          "attention.norm_k": "self_attn.k_norm", "norm2": "post_attention_layernorm",
          "up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj"}
 GGUF = {"tokens": "token_embd", "norm": "output_norm", "unembed": "output", "blocks": "blk",
-        "norm1": "attn_norm", "attention.qkv": "attn_q attn_k attn_v",
-        "attention.out": "attn_output", "attention.norm_q": "attn_q_norm",
-        "attention.norm_k": "attn_k_norm", "norm2": "ffn_norm", "up": "ffn_gate ffn_up",
-        "down": "ffn_down"}
-# Tensors that hold no weights: masks, and angles.
-NO_WEIGHTS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
+        "norm1": "attn_norm", "attention.qkv": "attn_q attn_k attn_v", "norm2": "ffn_norm",
+        "attention.out": "attn_output", "attention.norm_q": "attn_q_norm", "attention.norm_k":
+        "attn_k_norm", "up": "ffn_gate ffn_up", "down": "ffn_down"}
 
-# Our field: theirs.
+# Our field: theirs, and a GGUF's name for theirs.
 GPT2_FIELDS = dict(vocab_size="vocab_size", context="n_positions", layers="n_layer",
                    heads="n_head", width="n_embd")
-LLAMA_FIELDS = dict(vocab_size="vocab_size", context="max_position_embeddings",
-                    layers="num_hidden_layers", heads="num_attention_heads",
-                    kv_heads="num_key_value_heads", width="hidden_size",
-                    head_size="head_dim", hidden="intermediate_size", theta="rope_theta",
-                    eps="rms_norm_eps")
+LLAMA_FIELDS = dict(
+    vocab_size="vocab_size", context="max_position_embeddings", layers="num_hidden_layers",
+    heads="num_attention_heads", kv_heads="num_key_value_heads", width="hidden_size",
+    head_size="head_dim", hidden="intermediate_size", theta="rope_theta", eps="rms_norm_eps")
 GGUF_FIELDS = dict(
     num_hidden_layers="block_count", hidden_size="embedding_length",
     intermediate_size="feed_forward_length", num_attention_heads="attention.head_count",
     num_key_value_heads="attention.head_count_kv", rope_theta="rope.freq_base",
     max_position_embeddings="context_length", head_dim="attention.key_length",
     rms_norm_eps="attention.layer_norm_rms_epsilon")
-# Fields that may say this alone, and those that do not change what a trained model computes.
+# What fields may say, and those that do not change what a trained model computes.
 FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, hidden_act="silu",
              scale_attn_weights=True, pretraining_tp=1)
 SILENT = set("""model_type architectures transformers_version torch_dtype dtype use_cache
@@ -75,75 +71,59 @@ def read_config(fields, context, source):
     context: positions, at most those that the model was made for.
     """
     fields = {name: value for name, value in fields.items() if value is not None}
-    family = fields.get("model_type")
+    family, says = fields.get("model_type"), f"{source}: config.json asks for"
     require(family in ("gpt2", "llama", "qwen2", "qwen3"), f"{source}: a model of the kind "
             f"{family} is not built, only gpt2, llama, qwen2 and qwen3")
-    says = f"{source}: config.json asks for"
-
-    def number(name, default=None):
-        value = fields.get(name, default)
-        kinds = (int, float) if name in ("rope_theta", "rms_norm_eps") else (int,)
-        require(type(value) in kinds and 0 < value < 1e12, f"{says} {name} {value}, where a "
-                "number above 0 is needed")
-        return value
-
     words = GPT2_FIELDS if family == "gpt2" else LLAMA_FIELDS
-    used, tied = SILENT | {*words.values()}, fields.get("tie_word_embeddings")
+    fixed, used = dict(FIXED), SILENT | {*words.values()}
+    tied = fields.get("tie_word_embeddings", family == "gpt2")
     if family == "gpt2":
-        defaults, used = {}, used | {"n_inner"}
-        require(number("n_inner", 4 * number("n_embd")) == 4 * number("n_embd"),
-                f"{says} n_inner {fields.get('n_inner')}: only 4 * n_embd is built")
-        require(tied is not False, f"{says} tie_word_embeddings False, which is not built")
-    else:
-        heads = number("num_attention_heads")
-        defaults = dict(num_key_value_heads=heads, head_dim=number("hidden_size") // heads,
-                        rms_norm_eps=1e-6, rope_theta=rope_theta(fields, says))
-        used |= {"rope_parameters", "rope_scaling"}
+        fixed["n_inner"] = 4 * fields["n_embd"]
+        require(tied, f"{says} tie_word_embeddings {tied}, which is not built")
+    else:  # newer configs have the base of the angles beside the kind of their scaling
+        heads, theta = fields["num_attention_heads"], 10000.0
+        for name in "rope_scaling", "rope_parameters":
+            rope = {"type": "default", **fields.pop(name, {})}
+            theta = rope.pop("rope_theta", theta)
+            require({*rope} <= {"type", "rope_type"} and {*rope.values()} == {"default"},
+                    f"{says} {name} {rope}, which is not built")
+        fields = dict(num_key_value_heads=heads, head_dim=fields["hidden_size"] // heads,
+                      rms_norm_eps=1e-6, rope_theta=theta) | fields
     if family.startswith("qwen") and not fields.get("use_sliding_window"):
         used |= {"sliding_window", "max_window_layers"}
-    if set(fields.get("layer_types", [])) <= {"full_attention"}:
+    if {*fields.get("layer_types", [])} == {"full_attention"}:
         used.add("layer_types")
     for name in sorted(fields.keys() - used):
-        fine = fields[name] == FIXED[name] if name in FIXED else not fields[name]
+        fine = fields[name] == fixed[name] if name in fixed else not fields[name]
         require(fine, f"{says} {name} {fields[name]}, which is not built")
-    sizes = {ours: number(name, defaults.get(name)) for ours, name in words.items()}
+    sizes = {ours: fields[name] for ours, name in words.items()}
+    for ours, size in sizes.items():
+        kind = (int, float) if ours in ("theta", "eps") else (int,)
+        require(type(size) in kind and 0 < size < 1e12, f"{says} {words[ours]} {size}, where "
+                "a number above 0 is needed")
     sizes["context"] = min(context, sizes["context"])
-    if family == "gpt2":
-        require(sizes["width"] % sizes["heads"] == 0, f"{says} heads that do not fit")
-        return GPTConfig(**sizes)
-    require(heads % sizes["kv_heads"] == 0 and sizes["head_size"] % 2 == 0,
-            f"{says} heads that do not fit each other")
-    return LlamaConfig(**sizes, bias=family == "qwen2", head_norm=family == "qwen3",
-                       tied=bool(tied))
-
-
-def rope_theta(fields, says):
-    """The base of the angles, which newer configs have beside the kind of scaling."""
-    found = 10000.0
-    for name in "rope_scaling", "rope_parameters":
-        rope = {"type": "default", **fields.get(name, {})}
-        found = rope.pop("rope_theta", found)
-        kinds = {rope.pop("type"), rope.pop("rope_type", "default")}
-        require(kinds == {"default"} and not rope,
-                f"{says} {name} {fields.get(name)}, which is not built")
-    return found
+    whole = [sizes["width"] / sizes["heads"]]
+    if family != "gpt2":
+        whole = [heads / sizes["kv_heads"], sizes["head_size"] / 2]
+    require(all(part == int(part) for part in whole), f"{says} heads that do not fit")
+    return GPTConfig(**sizes) if family == "gpt2" else LlamaConfig(
+        **sizes, bias=family == "qwen2", head_norm=family == "qwen3", tied=bool(tied))
 
 
 def write_config(config, scores):
     """The reverse, for a policy or a model that scores -> the fields of a config.json."""
-    fields, words = dict(dtype="float32"), LLAMA_FIELDS
-    if scores:
-        fields.update(id2label={"0": "score"}, label2id={"score": 0})
     if isinstance(config, GPTConfig):
         family, head, words = "GPT2", "LMHeadModel", GPT2_FIELDS
-        fields.update(activation_function="gelu_new", layer_norm_epsilon=1e-5)
+        fields = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5)
     else:
         family = "Qwen2" if config.bias else "Qwen3" if config.head_norm else "Llama"
-        head = "ForCausalLM"
-        fields.update(hidden_act="silu", tie_word_embeddings=config.tied, rope_parameters=
-                      dict(rope_type="default", rope_theta=config.theta))
-    head = "ForSequenceClassification" if scores else head
-    fields.update(model_type=family.lower(), architectures=[family + head])
+        head, words = "ForCausalLM", LLAMA_FIELDS
+        rope = dict(rope_type="default", rope_theta=config.theta)
+        fields = dict(hidden_act="silu", rope_parameters=rope, tie_word_embeddings=config.tied)
+    if scores:
+        head = "ForSequenceClassification"
+        fields.update(id2label={"0": "score"}, label2id={"score": 0})
+    fields.update(model_type=family.lower(), architectures=[family + head], dtype="float32")
     return fields | {theirs: getattr(config, ours) for ours, theirs in words.items()}
 
 
@@ -157,35 +137,32 @@ def their_names(ours, words):
     return [f"{before}{word}.{kind}" for word in words[module].split()]
 
 
-def turned(name):
-    """Whether GPT-2 keeps this matrix as (inputs, outputs), and not as torch's Linear."""
-    return ".c_" in name and name.endswith(".weight")
+def turned(name, weight):
+    """As torch's Linear has it, and back: GPT-2's matrices are (inputs, outputs)."""
+    return weight.T if ".c_" in name and weight.dim() == 2 else weight
 
 
 @torch.no_grad()
 def fill(model, tensors, words, source):
     """Copy tensors {their name: tensor}, which are used up, into a model; or a UserError."""
-    if words is GPT2 and "wte.weight" in tensors:  # as in the first release
-        for name in list(tensors):
-            tensors[f"transformer.{name}"] = tensors.pop(name)
+    if "wte.weight" in tensors:  # as in the first release of GPT-2
+        tensors = {f"transformer.{name}": weight for name, weight in tensors.items()}
     tensors.setdefault("score.bias", torch.zeros(1))  # others' scores have none
     for ours, parameter in model.state_dict().items():
         parts, names = [], their_names(ours, words)
         for name in names:
             require(name in tensors, f"{source} lacks the tensor {name}")
-            part = tensors.pop(name)
+            part = turned(name, tensors.pop(name))
             require(part.is_floating_point(), f"{source}: the tensor {name} is of the type "
                     f"{part.dtype}, which is not built")
-            parts.append(part.T if turned(name) and part.dim() == 2 else part)
-        if ours.endswith("positions.weight"):
-            parts = [part[:len(parameter)] for part in parts]
-        shapes = [tuple(part.shape) for part in parts]
-        fits = all(shape and shape[1:] == parameter.shape[1:] for shape in shapes)
-        require(fits and sum(shape[0] for shape in shapes) == len(parameter),
-                f"{source}: {' '.join(names)} of the shape {shapes} where config.json says "
-                f"{tuple(parameter.shape)}")
-        parameter.copy_(torch.cat(parts))
-    known = *NO_WEIGHTS, "lm_head.weight", "score.bias"  # of a tied head, of a policy
+            parts.append(part[:len(parameter)] if ours.endswith("positions.weight") else part)
+        with refusing(f"{source}: {' '.join(names)} and config.json do not fit"):
+            whole = torch.cat(parts)
+            require(whole.shape == parameter.shape, f"{source}: {' '.join(names)} of the "
+                    f"shape {[*whole.shape]} where config.json says {[*parameter.shape]}")
+        parameter.copy_(whole)
+    known = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq",  # masks, angles
+             "lm_head.weight", "score.bias")  # of a tied head, of a policy
     left = [name for name in tensors if not name.endswith(known)]
     require(not left, f"{source} has tensors that are not built: {', '.join(left[:3])}")
 
@@ -197,8 +174,8 @@ def named(model, words):
         names = their_names(ours, words)
         sizes = [len(weight) // len(names)] * len(names)
         if len(names) == 3:
-            sizes = [K * config.head_size
-                     for K in (config.heads, config.kv_heads, config.kv_heads)]
+            heads = [config.heads, config.kv_heads, config.kv_heads]
+            sizes = [config.head_size * n for n in heads]
         for name, part in zip(names, weight.split(sizes)):
-            tensors[name] = (part.T if turned(name) else part).cpu().clone().contiguous()
+            tensors[name] = turned(name, part).cpu().clone().contiguous()
     return tensors
