@@ -58,7 +58,7 @@ class Attention(nn.Module):
     def split(self, qkv, positions=None):
         """(B, T, 3 D) -> queries, keys and values of every head, (3, B, H, T, E).
 
-        positions: not needed here, where x knows them (those of real/llama.py turn by them).
+        positions: unused here, where x knows them (real/llama.py turns q and k by them).
         """
         B, T, width = qkv.shape
         qkv = qkv.view(B, T, 3, self.heads, width // 3 // self.heads)
@@ -161,7 +161,7 @@ class GPT(nn.Module):
         return repeat(states[rows, prompts.length - 1]), past, repeat(visible)[:, None]
 
     def embed(self, ids, positions):
-        """ids (B, T) at positions (T,) or (B, T) -> what the first block reads: (B, T, D)."""
+        """ids (B, T) at positions (T,) or (B, T) -> what the blocks read, (B, T, D)."""
         return self.tokens(ids) + self.positions(positions)
 
     def run(self, ids, positions, past=None, visible=None):

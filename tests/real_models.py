@@ -31,10 +31,11 @@ CUTS = {"gpt2": tokens.GPT2, "digits": tokens.DIGITS, "llama3": tokens.LLAMA3, "
 def texts(count=200, seed=0):
     """What people type: words, code, digits, emoji, Chinese, spaces, and names of special tokens."""
     rng, parts = random.Random(seed), [
-        "what does a cow eat?", " I'm", "we'll GO", "def f(x):\n    return x + 1\n", "\t\tif a==b:{}", "12345", " 7", "3.14",
-        "  ", "\n\n", " \n ", "\r\n", "世界你好", "、。", "🐄🐎", "👩‍👩‍👧", "é", "e\u0301", "Grüße", "שלום", "٣٤", "Ⅷ½", "...", "!?;", "'s",
-        " '5", "a1b22", "x" * 40, "\u00a0", "\u2028", "The", " cat", "CAFÉ", "http://a.b/c?d=1&e=%20", "{{ 7 * 7 }}", "{% if %}",
-        "\x04", "\U000f0000", "_under_score", "<|im", "|>", "  5", "   a"]
+        "what does a cow eat?", " I'm", "we'll GO", "def f(x):\n    return x + 1\n", "\t\tif a==b:{}", "12345", " 7",
+        "3.14", "  ", "\n\n", " \n ", "\r\n", "世界你好", "、。", "🐄🐎", "👩\u200d👩\u200d👧", "é", "e\u0301", "Grüße", "שלום",
+        "٣٤", "Ⅷ½", "...", "!?;", "'s", " '5", "a1b22", "x" * 40, "\u00a0", "\u2028", "The", " cat", "CAFÉ",
+        "http://a.b/c?d=1&e=%20", "{{ 7 * 7 }}", "{% if %}", "\x04", "\U000f0000", "_under_score", "<|im", "|>", "  5",
+        "   a"]
     return ["".join(rng.choice(parts) for _ in range(rng.randrange(1, 9))) for _ in range(count)]
 
 

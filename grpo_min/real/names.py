@@ -23,8 +23,8 @@ LLAMA = {"tokens": "model.embed_tokens", "norm": "model.norm", "unembed": "lm_he
          "up": "mlp.gate_proj mlp.up_proj", "down": "mlp.down_proj"}
 GGUF = {"tokens": "token_embd", "norm": "output_norm", "unembed": "output", "blocks": "blk",
         "norm1": "attn_norm", "attention.qkv": "attn_q attn_k attn_v", "norm2": "ffn_norm",
-        "attention.out": "attn_output", "attention.norm_q": "attn_q_norm", "attention.norm_k":
-        "attn_k_norm", "up": "ffn_gate ffn_up", "down": "ffn_down"}
+        "attention.out": "attn_output", "attention.norm_q": "attn_q_norm",
+        "attention.norm_k": "attn_k_norm", "up": "ffn_gate ffn_up", "down": "ffn_down"}
 
 # Our field: theirs, and a GGUF's name for theirs.
 GPT2_FIELDS = dict(vocab_size="vocab_size", context="n_positions", layers="n_layer",
@@ -32,7 +32,8 @@ GPT2_FIELDS = dict(vocab_size="vocab_size", context="n_positions", layers="n_lay
 LLAMA_FIELDS = dict(
     vocab_size="vocab_size", context="max_position_embeddings", layers="num_hidden_layers",
     heads="num_attention_heads", kv_heads="num_key_value_heads", width="hidden_size",
-    head_size="head_dim", hidden="intermediate_size", theta="rope_theta", eps="rms_norm_eps")
+    head_size="head_dim", hidden="intermediate_size", eps="rms_norm_eps", theta="rope_theta"
+)
 GGUF_FIELDS = dict(
     num_hidden_layers="block_count", hidden_size="embedding_length",
     intermediate_size="feed_forward_length", num_attention_heads="attention.head_count",
@@ -99,8 +100,8 @@ def read_config(fields, context, source):
     sizes = {ours: fields[name] for ours, name in words.items()}
     for ours, size in sizes.items():
         kind = (int, float) if ours in ("theta", "eps") else (int,)
-        require(type(size) in kind and 0 < size < 1e12, f"{says} {words[ours]} {size}, where "
-                "a number above 0 is needed")
+        require(type(size) in kind and 0 < size < 1e12, f"{says} {words[ours]} {size}, "
+                "where a number above 0 is needed")
     sizes["context"] = min(context, sizes["context"])
     whole = [sizes["width"] / sizes["heads"]]
     if family != "gpt2":
@@ -119,7 +120,8 @@ def write_config(config, scores):
         family = "Qwen2" if config.bias else "Qwen3" if config.head_norm else "Llama"
         head, words = "ForCausalLM", LLAMA_FIELDS
         rope = dict(rope_type="default", rope_theta=config.theta)
-        fields = dict(hidden_act="silu", rope_parameters=rope, tie_word_embeddings=config.tied)
+        fields = dict(hidden_act="silu", rope_parameters=rope,
+                      tie_word_embeddings=config.tied)
     if scores:
         head = "ForSequenceClassification"
         fields.update(id2label={"0": "score"}, label2id={"score": 0})
@@ -144,7 +146,7 @@ def turned(name, weight):
 
 @torch.no_grad()
 def fill(model, tensors, words, source):
-    """Copy tensors {their name: tensor}, which are used up, into a model; or a UserError."""
+    """Copy tensors {their name: tensor}, which are used up, into a model; UserError."""
     if "wte.weight" in tensors:  # as in the first release of GPT-2
         tensors = {f"transformer.{name}": weight for name, weight in tensors.items()}
     tensors.setdefault("score.bias", torch.zeros(1))  # others' scores have none
@@ -155,7 +157,8 @@ def fill(model, tensors, words, source):
             part = turned(name, tensors.pop(name))
             require(part.is_floating_point(), f"{source}: the tensor {name} is of the type "
                     f"{part.dtype}, which is not built")
-            parts.append(part[:len(parameter)] if ours.endswith("positions.weight") else part)
+            cut = len(parameter) if ours.endswith("positions.weight") else None
+            parts.append(part[:cut])
         with refusing(f"{source}: {' '.join(names)} and config.json do not fit"):
             whole = torch.cat(parts)
             require(whole.shape == parameter.shape, f"{source}: {' '.join(names)} of the "

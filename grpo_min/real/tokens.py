@@ -39,13 +39,13 @@ def letters():
 
 
 def ranks_of(source, vocab, merges, special):
-    """{text in letters: id}, [(left, right), ..], {name: id} -> {bytes: id}, or UserError."""
+    """{text in letters: id}, [(left, right), ..], {name: id} -> {bytes: id}; UserError."""
     require(min(map(len, special), default=2) > 1,
             f"{source}: a special token of one letter, which is not built")
     ranks, letter = {}, letters()
     for text in vocab.keys() - special.keys():
-        require(letter.keys() >= set(text), f"{source}: a tokenizer of an unknown kind: its "
-                f"token {text!r} is not in GPT-2's letters for bytes")
+        require(letter.keys() >= set(text), f"{source}: a tokenizer of an unknown kind: "
+                f"its token {text!r} is not in GPT-2's letters for bytes")
         ranks[bytes(letter[each] for each in text)] = vocab[text]
     order = [vocab.get(left + right, -1) for left, right in merges]
     require(order == sorted(order) and -1 not in order[:1],
@@ -129,7 +129,7 @@ def splitter(names):
 
 
 def encode_chat(tokenizer, text):
-    """What the user said in the model's template -> ids. Only its own tokens are special."""
+    """What the user said in the model's template -> ids. Its tokens alone are special."""
     names = splitter(tuple(tokenizer.special))
     mark = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in text)
     hidden = names.sub(lambda found: mark.join(found[0]) + mark, text)
