@@ -40,7 +40,7 @@ def tokenizer_json(tokenizer, special):
     letter = {byte: text for text, byte in letters().items()}
     ranks = {token: rank for token, rank in tokenizer.ranks.items()
              if rank < tokenizer.vocab_size}
-    text = {token: "".join(letter[byte] for byte in token) for token in ranks}
+    text = {token: "".join(map(letter.get, token)) for token in ranks}
     merges = []
     for token in sorted(ranks, key=ranks.get):
         pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]

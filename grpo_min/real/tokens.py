@@ -4,6 +4,9 @@ Others write bytes as GPT-2's letters and keep a list of merges. tiktoken wants 
 lower id is merged first, which is the same where merges stand in the order of their ids.
 What a user types is never a special token: while the template, a program in Jinja, is run,
 what looks like one in the text is broken up.
+
+A byte for which a model has no token is left out, as others do; they join what stands on
+both sides of it, if one of their pieces holds both, and ours does not.
 """
 import functools
 import re
@@ -72,7 +75,8 @@ def make(source, vocab, merges, special, vocab_size, cut, template, begins, name
     named = {name: token for name, token in named.items() if token}
     template = template or ("{{ bos_token }}" if begins else "") + PLAIN
     ends = [turn_end(template, named, special), named.get("eos_token"), *ends]
-    ends = [rank for rank in (special.get(end, end) for end in ends) if type(rank) is int]
+    ends = [special.get(end, end) for end in ends]
+    ends = [rank for rank in ends if type(rank) is int]
     require(ends, f"{source} does not say which token ends an answer")
     others = sorted(special[name] for name in special.keys() - named.values())
     pads = [special.get(pad, pad) for pad in (*pads, *others, 0, 1)]
