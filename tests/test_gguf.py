@@ -86,8 +86,9 @@ def test_turned_pairs():
 
 
 @pytest.mark.parametrize("options, words", [
-    (dict(arch="mamba"), "mamba not built"), (dict(llama__rope__scaling__type="yarn"), "rope.scaling.type yarn not built"),
-    (dict(pre="falcon"), "unknown kind falcon"), (dict(llama__attention__sliding_window="7"), "sliding_window not built")])
+    (dict(arch="mamba"), "mamba not built"), (dict(pre="falcon"), "unknown kind falcon"),
+    (dict(llama__rope__scaling__type="yarn"), "rope.scaling.type yarn not built"),
+    (dict(llama__attention__sliding_window="7"), "sliding_window not built")])
 def test_what_is_not_built_is_refused(options, words, made, tmp_path):
     ours, folder = made("llama")
     write(tmp_path / "a.gguf", ours, folder, options.pop("pre", "gpt-2"), **options)
