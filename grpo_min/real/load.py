@@ -117,7 +117,8 @@ def read_tokenizer(folder, fields):
         named[name] = token["content"] if isinstance(token, dict) else token
     if (folder / "tokenizer.json").exists():
         data = read_json(folder / "tokenizer.json")
-        cut, vocab, merges = cutter(data), data["model"]["vocab"], data["model"]["merges"]
+        cut = cutter(data, folder)
+        vocab, merges = data["model"]["vocab"], data["model"]["merges"]
         added, after = data.get("added_tokens") or [], data.get("post_processor") or {}
         begins = any("SpecialToken" in token for step in after.get("processors", [after])
                      for token in step.get("single", [])[:1])
@@ -147,25 +148,25 @@ def read_tokenizer(folder, fields):
                        begins, named, ends if isinstance(ends, list) else [ends], pads)
 
 
-def cutter(data):
+def cutter(data, source):
     """What a tokenizer.json cuts texts with -> pattern, Unicode form; or a UserError."""
     model, cut, form = data["model"], data["pre_tokenizer"], data.get("normalizer") or {}
     others = ["byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "dropout"]
     for name in others:
-        require(not model.get(name), f"a tokenizer with {name} is not built")
+        require(not model.get(name), f"{source}: a tokenizer with {name} is not built")
     steps, form = cut.get("pretokenizers", [cut]), form.get("type", "")
     kinds, (first, last) = [step["type"] for step in steps], (steps[0], steps[-1])
     require(model["type"] == "BPE" and kinds[-1] == "ByteLevel" and form in ("", "NFC")
-            and not last.get("add_prefix_space"), "a tokenizer of an unknown kind: "
-            f"{model['type']} on {kinds} and {form}, where BPE on ByteLevel is needed")
+            and not last.get("add_prefix_space"), f"{source}: a tokenizer of an unknown "
+            f"kind: {model['type']} on {kinds} {form}, where BPE on ByteLevel is needed")
     own = last.get("use_regex", True)
     if own and kinds == ["ByteLevel"]:
         return tokens.GPT2, form
     if own and kinds == ["Digits", "ByteLevel"] and first["individual_digits"]:
         return tokens.DIGITS, form
     require(kinds == ["Split", "ByteLevel"] and not own and first["behavior"] == "Isolated"
-            and not first.get("invert"), "a tokenizer of an unknown kind, which cuts texts "
-            f"by {kinds}")
+            and not first.get("invert"), f"{source}: a tokenizer of an unknown kind, which "
+            f"cuts texts by {kinds}")
     return first["pattern"]["Regex"], form
 
 
