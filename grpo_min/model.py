@@ -29,6 +29,10 @@ class GPTConfig:
     heads: int = 3
     width: int = 96
 
+    def build(self, tokenizer=None):
+        """The model of this config; that of real/llama.py builds another."""
+        return GPT(self, tokenizer)
+
 
 class Attention(nn.Module):
     """Causal self-attention with several heads (Vaswani et al., 1706.03762)."""
@@ -51,8 +55,11 @@ class Attention(nn.Module):
         y = F.scaled_dot_product_attention(q, k, v, visible, is_causal=visible is None)
         return self.out(y.transpose(1, 2).flatten(2)), (k, v)
 
-    def split(self, qkv):
-        """(B, T, 3 D) -> queries, keys and values of every head, (3, B, H, T, E)."""
+    def split(self, qkv, positions=None):
+        """(B, T, 3 D) -> queries, keys and values of every head, (3, B, H, T, E).
+
+        positions: unused here, where x knows them (real/llama.py turns q and k by them).
+        """
         B, T, width = qkv.shape
         qkv = qkv.view(B, T, 3, self.heads, width // 3 // self.heads)
         return qkv.permute(2, 0, 3, 1, 4)
@@ -153,13 +160,16 @@ class GPT(nn.Module):
         past = [(repeat(k), repeat(v)) for k, v in past]
         return repeat(states[rows, prompts.length - 1]), past, repeat(visible)[:, None]
 
+    def embed(self, ids, positions):
+        """ids (B, T) at positions (T,) or (B, T) -> what the blocks read, (B, T, D)."""
+        return self.tokens(ids) + self.positions(positions)
+
     def run(self, ids, positions, past=None, visible=None):
         """ids (B, T) at positions (T,) or (B, T) -> states (B, T, D), and past with them.
 
         past: per layer the keys and values of what stands before, as Attention takes them.
         """
-        x = self.tokens(ids) + self.positions(positions)  # (B, T, D)
-        present = []
+        x, present = self.embed(ids, positions), []  # (B, T, D)
         with autocast(x.device):
             for layer, block in enumerate(self.blocks):
                 x, keys_values = block(x, past and past[layer], visible)
@@ -173,7 +183,7 @@ class ScalarGPT(nn.Module):
     def __init__(self, config, tokenizer=None):
         super().__init__()
         self.config = config
-        self.trunk = GPT(config, tokenizer)
+        self.trunk = config.build(tokenizer)
         self.tokenizer = self.trunk.tokenizer
         self.scalar = nn.Linear(config.width, 1)
         nn.init.zeros_(self.scalar.weight)      # all values are 0: nothing is known yet

@@ -9,6 +9,7 @@ become a special token: `encode` knows none. A tokenizer for a text of your own:
 import base64
 import functools
 import json
+import unicodedata
 
 import tiktoken
 
@@ -26,16 +27,21 @@ class Tokenizer:
     """Text to ids and back. ranks {bytes: id} and special {name: id} are its vocabulary.
 
     pattern: the regular expression that cuts a text before its pieces are encoded. prompt:
-    how a prompt is wrapped, {} stands for its text. Copies of a model share it.
+    how a prompt is wrapped, {} stands for its text. Copies of a model share it. real: what
+    else that of a model from elsewhere says of itself (real/tokens.py): vocab_size, pad,
+    end, the names and the template of its chats, and the Unicode form of its texts.
     """
 
-    def __init__(self, ranks, special, pattern=PATTERN, prompt=PROMPT):
-        self.ranks, self.special = ranks, special
+    def __init__(self, ranks, special, pattern=PATTERN, prompt=PROMPT, real=None):
+        self.ranks, self.special, self.real = ranks, special, real
         self.pattern, self.prompt = pattern, prompt
         self.encoding = tiktoken.Encoding(
             "grpo_min", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
-        self.vocab_size = self.encoding.n_vocab
-        self.pad, self.end = special["<|pad|>"], special["<|end|>"]
+        if real is None:
+            real = dict(vocab_size=self.encoding.n_vocab, form="", template="",
+                        pad=special["<|pad|>"], end=special["<|end|>"])
+        self.vocab_size, self.form = real["vocab_size"], real["form"]
+        self.pad, self.end, self.template = real["pad"], real["end"], real["template"]
         self.before, self.after = (self.encoding.encode(part, allowed_special="all")
                                    for part in prompt.split("{}"))
 
@@ -44,17 +50,29 @@ class Tokenizer:
 
     def encode(self, text):
         """Text to a list of token ids, none of them special."""
-        return self.encoding.encode_ordinary(text)
+        return self.known(self.encoding.encode_ordinary(self.composed(text)))
 
     def encode_prompt(self, text):
         """What the user said, up to where the assistant speaks: USER text ASSISTANT."""
+        if self.template:
+            from grpo_min.real.tokens import encode_chat
+            return encode_chat(self, text)
         return self.before + self.encode(text) + self.after
 
     def encode_completion(self, text, finished=True):
         """The assistant's words, <think> and </think> as tokens, and END if it finished."""
         allowed = IN_COMPLETIONS & self.special.keys()
-        ids = self.encoding.encode(text, allowed_special=allowed, disallowed_special=())
+        ids = self.known(self.encoding.encode(
+            self.composed(text), allowed_special=allowed, disallowed_special=()))
         return ids + [self.end] if finished else ids
+
+    def composed(self, text):
+        """The text in the Unicode form in which the model has read all texts."""
+        return unicodedata.normalize(self.form, text) if self.form else text
+
+    def known(self, ids):
+        """Without the bytes for which a model from elsewhere has no token."""
+        return [i for i in ids if i < self.vocab_size]
 
     def decode(self, ids):
         """Token ids to text; special tokens show their names."""
@@ -63,8 +81,9 @@ class Tokenizer:
     def to_dict(self):
         """The tokenizer as plain data, for a checkpoint or a file."""
         ranks = {base64.b64encode(token).decode(): n for token, n in self.ranks.items()}
-        return dict(pattern=self.pattern, prompt=self.prompt, special=self.special,
+        data = dict(pattern=self.pattern, prompt=self.prompt, special=self.special,
                     ranks=ranks)
+        return data if self.real is None else dict(data, real=self.real)
 
     @classmethod
     def from_dict(cls, data):
@@ -74,7 +93,8 @@ class Tokenizer:
         known = all(bytes([byte]) in ranks for byte in range(256))
         if ids != list(range(len(ids))) or not known:      # tiktoken would crash
             raise ValueError("not the ids of a tokenizer")
-        return cls(ranks, data["special"], data["pattern"], data["prompt"])
+        return cls(ranks, data["special"], data["pattern"], data["prompt"],
+                   data.get("real"))
 
 
 def load(path):

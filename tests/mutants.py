@@ -331,7 +331,7 @@ MUTANTS = [Mutant(*row) for row in [
     (21, "run/fast", "position = prompts.length.repeat_interleave(B // Q)",
      "position = torch.full((B,), P, device=uniforms.device)",
      "rollout::logprobs_are_those_of_training[fast-1.0]"),
-    (21, "run/fast", "x = pack(gpt.tokens(ids) + gpt.positions(positions), rows)",
+    (21, "run/fast", "x = pack(gpt.embed(ids, positions), rows)",
      "x = pack(gpt.tokens(ids) + gpt.positions(positions - positions[:, :1]), rows)",
      "fast::with_a_mask_the_states_of_real_tokens_stay_as_they_are[whole]"),
     (21, "run/fast", "token, hidden = token[left], hidden[left]",

@@ -35,13 +35,25 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def config_of(data):
+    """The config of a checkpoint: of a GPT, or of a Llama, which has kv_heads, too."""
+    if "kv_heads" in data:
+        from grpo_min.real.llama import LlamaConfig
+        return LlamaConfig(**data)
+    return GPTConfig(**data)
+
+
 def load_model(path, device="cpu", kind=GPT, like=None):
-    """The model of a checkpoint, of this kind; like: the model that it has to read."""
+    """The model of a checkpoint, of this kind; like: the model that it has to read.
+
+    Where a GPT is asked for, a Llama will do; the others stand on either of them.
+    """
     checkpoint = load_checkpoint(path)
-    require(checkpoint["kind"] == kind.__name__,
+    require(checkpoint["kind"] == kind.__name__
+            or kind is GPT and checkpoint["kind"] == "Llama",
             f"{path} holds a {checkpoint['kind']}, where a {kind.__name__} is needed")
     try:
-        config, state = GPTConfig(**checkpoint["config"]), checkpoint["model"]
+        config, state = config_of(checkpoint["config"]), checkpoint["model"]
         tokenizer = Tokenizer.from_dict(checkpoint["tokenizer"])
     except (KeyError, TypeError, ValueError, AttributeError):
         raise UserError(f"{path} is not a checkpoint of this version of grpo_min")
@@ -50,7 +62,7 @@ def load_model(path, device="cpu", kind=GPT, like=None):
     require(like is None or like.tokenizer.to_dict() == tokenizer.to_dict()
             and like.config.context <= config.context,
             f"{path} has another tokenizer, or a shorter context, than the policy")
-    model = kind(config, tokenizer)
+    model = config.build(tokenizer) if kind is GPT else kind(config, tokenizer)
     load_weights(model, state, path)
     return model.to(device)
 

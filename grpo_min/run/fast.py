@@ -22,7 +22,13 @@ CHUNK = 8  # tokens between two looks whether all rows have finished: the CPU wa
 
 def softmax(q, k, v, hidden):
     """scaled_dot_product_attention by two products: on a CPU, for short texts, in half the
-    time. Under 16 columns the CPU's softmax takes ten times as long: they are filled up."""
+    time. Under 16 columns the CPU's softmax takes ten times as long: they are filled up.
+
+    With fewer heads in k and v than in q (real/llama.py), a group of q's reads each."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:  # its queries stand below each other, as if they were of more tokens
+        rows = q.reshape(len(q), k.shape[1], -1, q.shape[3])  # (B, H / group, group * T, E)
+        return softmax(rows, k, v, hidden.repeat(1, 1, group, 1)).view(q.shape)
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, hidden == 0)  # fits any type of q
     scores = torch.add(hidden, q @ k.transpose(2, 3), alpha=q.shape[-1] ** -0.5)
@@ -54,13 +60,13 @@ def unpack(x, rows, shape):
 def run(gpt, mask, ids, positions, past, visible):
     """GPT.run on the real tokens of ids (B, T) alone, those where the mask is True."""
     rows = mask.flatten().nonzero().squeeze(1)  # (n,) once: the CPU waits for it
-    x = pack(gpt.tokens(ids) + gpt.positions(positions), rows)  # (n, D)
+    x = pack(gpt.embed(ids, positions), rows)  # (n, D)
     hidden, present = visible.float().log(), []  # 0 where visible, -inf elsewhere
     with autocast(x.device):
         for layer, block in enumerate(gpt.blocks):
             attention = block.attention
             qkv = unpack(attention.qkv(block.norm1(x)), rows, ids.shape)  # (B, T, 3 D)
-            q, *new = attention.split(qkv)  # (B, H, T, E) each
+            q, *new = attention.split(qkv, positions)  # (B, H, T, E) each
             k, v = (torch.cat(pair, dim=2) for pair in zip(past[layer], new))
             y = softmax(q, k, v, hidden).transpose(1, 2).flatten(2)  # (B, T, D)
             x = x + attention.out(pack(y, rows))
@@ -73,14 +79,15 @@ def run(gpt, mask, ids, positions, past, visible):
 
 def step(gpt, token, position, caches, hidden, column):
     """token, position (R,) -> states (R, D), with keys and values in this cache column."""
-    x = gpt.tokens(token) + gpt.positions(position)  # (R, D)
+    x = gpt.embed(token, position)  # (R, D)
     hidden = hidden[:, None, None, :column + 1]  # (R, 1, 1, S)
     with autocast(x.device):
         for block, (keys, values) in zip(gpt.blocks, caches):
             attention = block.attention
-            qkv = attention.qkv(block.norm1(x)).view(len(x), 3, attention.heads, -1)
-            q, keys[:, :, column], values[:, :, column] = qkv.unbind(1)  # (R, H, E) each
-            y = softmax(q[:, :, None], keys[:, :, :column + 1], values[:, :, :column + 1],
+            qkv = attention.qkv(block.norm1(x))[:, None]  # (R, 1, 3 D)
+            q, k, v = attention.split(qkv, position[:, None])  # (R, H, 1, E) each
+            keys[:, :, column], values[:, :, column] = k[:, :, 0], v[:, :, 0]
+            y = softmax(q, keys[:, :, :column + 1], values[:, :, :column + 1],
                         hidden)  # (R, H, 1, E)
             x = x + attention.out(y.flatten(1))
             x = x + block.mlp(block.norm2(x))
@@ -143,9 +150,10 @@ class GraphDecoder:
         self.state = torch.zeros(B, config.width, device=device)
         self.hidden = torch.zeros(B, P + N, device=device)
         with autocast(device):
-            dtype = policy.blocks[0].attention.qkv(self.state[:1]).dtype
-        shape = B, config.heads, P + N, config.width // config.heads
-        empty = torch.zeros(shape, dtype=dtype, device=device)
+            attention = policy.blocks[0].attention
+            qkv = attention.qkv(self.state[:1])[None]  # (1, 1, 3 D)
+            key = attention.split(qkv, self.position[:1])[1]  # (1, H, 1, E)
+        empty = key.new_zeros(B, key.shape[1], P + N, key.shape[3])
         self.caches = [(empty.clone(), empty.clone()) for _ in policy.blocks]
         self.chunks = [functools.partial(self.steps, t, min(t + CHUNK, N))
                        for t in range(0, N, CHUNK)]
