@@ -3,6 +3,7 @@ import warnings
 from importlib import metadata
 
 import pytest
+import regex
 import torch
 
 pytest.importorskip("gguf")
@@ -48,12 +49,17 @@ def test_a_byte_without_a_token_is_left_out(ours, theirs):
 
 
 def test_logits_and_ids_are_theirs(ours, theirs):
-    model, tokenizer = theirs
-    for text in [text for text in texts() if "\x04" not in text]:      # it has no token of that, see real/tokens.py
+    (model, tokenizer), ranks = theirs, ours.tokenizer.ranks
+    without = {byte for byte in range(256) if ranks.get(bytes([byte]), 1e9) >= ours.config.vocab_size}
+    assert 0 < len(without) < 40            # bytes that it has no token of, see real/tokens.py
+    # From a GGUF transformers do not cut a text in front of a digit, as they do from the model's tokenizer.json.
+    same = [text for text in texts() if not without & set(text.encode()) and not regex.search(r"\s\p{N}", text)]
+    assert len(same) > 80
+    for text in same:
         assert ours.tokenizer.encode(text) == tokenizer.encode(text)
         asked = tokenizer.apply_chat_template([dict(role="user", content=text)], add_generation_prompt=True)
         assert ours.tokenizer.encode_prompt(text) == asked["input_ids"]
     ids = torch.tensor([ours.tokenizer.encode_prompt("What is the capital of France?")])
     with torch.no_grad():
-        difference = (model.float()(ids).logits - ours.plain(ids)).abs().max()
+        difference = (model(ids).logits.float() - ours.plain(ids)).abs().max()
     assert difference < 1e-3, "of logits of some 20"
