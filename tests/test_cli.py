@@ -127,7 +127,7 @@ def test_the_commands_are_all_found():
     core = "tokenizer pretrain sft reward_model critic grpo ppo variants evaluate sample".split()
     lab = "compare studies page benchmark label publish".split()
     assert set(COMMANDS) == {"grpo_min", *(f"grpo_min.{name}" for name in core),
-                             *(f"grpo_min.lab.{name}" for name in lab)}
+                             *(f"grpo_min.lab.{name}" for name in lab), "grpo_min.real.load", "grpo_min.real.export"}
 
 
 def start_here(name, words, monkeypatch):
@@ -460,7 +460,7 @@ def test_no_cuda_device(name, tmp_path, monkeypatch, capsys):
 
 def test_commands_that_compute_nothing_have_no_device():
     assert {name for name, (_, config) in COMMANDS.items() if not hasattr(config, "device")} == {
-        "grpo_min.tokenizer", "grpo_min.lab.page", "grpo_min.lab.publish"}
+        "grpo_min.tokenizer", "grpo_min.lab.page", "grpo_min.lab.publish", "grpo_min.real.load", "grpo_min.real.export"}
 
 
 NO_NUMBERS = [    # (commands, option, values that make no sense)

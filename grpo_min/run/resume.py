@@ -64,7 +64,7 @@ def resume_command():
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     spec = sys.modules["__main__"].__spec__
     module = getattr(spec, "name", "grpo_min").removesuffix(".__main__")
-    if module != "grpo_min" and not module.startswith("grpo_min.lab."):  # these resume
+    if module != "grpo_min" and module.count(".") == 1:  # those of other rooms resume
         arguments.append("--resume")
     return command_line(module, *arguments)
 
