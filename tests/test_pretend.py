@@ -217,6 +217,7 @@ def many(folder):
 RUNS = {
     "GRPO": (grpo, {}), "PPO": (ppo, {}), "PPO, all of it": (ppo, many), "GRPO, no KL": (grpo, dict(beta=0.0)),
     "GRPO, minibatches": (grpo, dict(epochs=2, minibatches=2, scale_advantages=True)),
+    "GRPO, microbatches": (grpo, dict(microbatches=2, beta=0.1)), "PPO, microbatches": (ppo, dict(microbatches=4)),
     "GRPO, KL in the reward": (grpo, dict(kl="k1", kl_in="reward", epochs=2)),
     "PPO, ruler": (ppo, dict(steps=20, prompts_per_step=2, max_new_tokens=4)),
     **{recipe: (variants, dict(settings, epochs=2)) for recipe, settings in variants.RECIPES.items()},

@@ -20,7 +20,7 @@ import torch
 
 from grpo_min import grpo, ppo, pretrain, sft
 from grpo_min.rollout import Rollout, sample
-from grpo_min.run import log, ranks
+from grpo_min.run import log, ranks, resume
 from grpo_min.run.checkpoint import load_checkpoint
 from grpo_min.run.config import UserError
 from grpo_min.run.table import read_csv
@@ -176,6 +176,11 @@ def test_a_mistake_in_the_words_of_one_launcher(tmp_path):
     words = ["-m", "--", "grpo_min.grpo", "--run", tmp_path / "run", "--device", "cpu"]
     first, second = torchrun(*words, nodes=2, last=["--steps", "0"], fails=True)
     assert "error: another rank has ended\n" in first and "error: --steps must be above 0" in second
+
+
+def test_several_ranks_are_told_to_go_on_with_torchrun(monkeypatch):
+    monkeypatch.setattr(resume, "RANKS", 2)
+    assert "torchrun" in resume.resume_command()
 
 
 def test_the_other_ranks_do_not_see_the_run(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import sys
 from grpo_min.run.checkpoint import load_checkpoint, load_weights
 from grpo_min.run.config import UserError, require
 from grpo_min.run.files import read_text, save_file
-from grpo_min.run.ranks import RANK
+from grpo_min.run.ranks import RANK, RANKS
 from grpo_min.run.table import read_csv, write_csv
 
 
@@ -61,6 +61,9 @@ def cut_samples(path, first_step):
 
 
 def resume_command():
+    """What a user types to go on."""
+    if RANKS > 1:
+        return "the same words of torchrun, and --resume"
     arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     spec = sys.modules["__main__"].__spec__
     module = getattr(spec, "name", "grpo_min").removesuffix(".__main__")
