@@ -64,8 +64,9 @@ def rollout_metrics(rewards, texts, batch, rollout, group_size, ref_logprobs):
     if group_size > 1:
         spread = groups.std(dim=1).mean().item()
         equal = (groups == groups[:, :1]).all(dim=1).float().mean().item()
-    none = judged.all() and RANKS == 1  # or every rank needs the column
-    more = {} if none else dict(unjudged=1 - judged.float().mean().item())
+    more = {}
+    if RANKS > 1 or not judged.all():  # all ranks need the same columns
+        more = dict(unjudged=1 - judged.float().mean().item())
     return dict(reward=mean(rewards), reward_std=spread, accuracy=right,
                 thinking=np.mean([thinks(text) for text in texts]), equal_groups=equal,
                 truncated=1 - finished.mean().item(),

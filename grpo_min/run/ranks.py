@@ -28,15 +28,16 @@ def others():
 
 def meet():
     """Wait for all ranks: before one alone can make a mistake, and when all are done."""
-    if RANKS > 1:
-        with others():
-            if dist.is_initialized():
-                dist.barrier()
-            else:
-                cuda = torch.cuda.is_available()
-                dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+    if RANKS == 1:
+        return
+    with others():
+        if dist.is_initialized():
+            dist.barrier()
+            return
+        cuda = torch.cuda.is_available()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def join(device):
