@@ -12,7 +12,6 @@ import torch
 
 pytest.importorskip("safetensors")
 transformers = pytest.importorskip("transformers")
-import tokenizers as hf_tokenizers  # noqa: E402
 
 from grpo_min import grpo, ppo, sft  # noqa: E402
 from grpo_min.critic import Critic  # noqa: E402
@@ -20,12 +19,10 @@ from grpo_min.model import GPT, ScalarGPT  # noqa: E402
 from grpo_min.real import load as loading, names, tokens  # noqa: E402
 from grpo_min.real.llama import Llama  # noqa: E402
 from grpo_min.real.load import load  # noqa: E402
-from grpo_min.rollout import Prompts, choose, sample, token_logprobs  # noqa: E402
-from grpo_min.run import fast  # noqa: E402
+from grpo_min.rollout import Prompts, sample, token_logprobs  # noqa: E402
 from grpo_min.run.checkpoint import load_model, serialise, weights  # noqa: E402
 from grpo_min.run.config import UserError, run_command  # noqa: E402
 from grpo_min.run.files import save_file  # noqa: E402
-from grpo_min.run.rng import generator  # noqa: E402
 from tests import real_models, tiny  # noqa: E402
 from tests.real_models import CUTS, FAMILIES, NAMES, change, texts  # noqa: E402
 from tests.test_fast import assert_same_rollout, bfloat16, both, decode, mask_of  # noqa: E402,F401
