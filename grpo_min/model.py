@@ -10,6 +10,7 @@ Shapes: Q prompts, G completions each, B = Q * G rows; P and N padded prompt and
 length; T any length, S what stands before; D width, H heads, E = D / H; V vocabulary.
 """
 import contextlib
+import copy
 import functools
 import math
 from dataclasses import dataclass
@@ -105,11 +106,16 @@ class GPT(nn.Module):
             elif "norm" not in name:
                 nn.init.normal_(parameter, std=std)
 
+    def twin(self):
+        """A copy; weights that are not trained (real/lora.py) are the same tensors."""
+        shared = {id(each): each for each in self.parameters() if not each.requires_grad}
+        return copy.deepcopy(self, shared)
+
     def with_head(self, kind):
         """A copy as a ScalarGPT or Critic, whose numbers are 0: to be trained."""
-        model = kind(self.config, self.tokenizer)
-        model.trunk.load_state_dict(self.state_dict())
-        return model.to(self.tokens.weight.device)
+        model = kind(self.config, self.tokenizer).to(self.tokens.weight.device)
+        model.trunk = self.twin()
+        return model
 
     def head(self, states):
         """states (..., D) -> logits (..., V)."""

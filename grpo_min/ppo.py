@@ -12,7 +12,6 @@ Shapes: Q prompts, G completions each, B = Q * G rows, row b belongs to prompt b
 N padded completion length. Column t is the pair (state, action): the prompt and the
 completion tokens before t, and completion token t.
 """
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +52,7 @@ class PPOConfig:
     minibatches: int = option(1, "updates per pass: the batch is split by prompts")
     microbatches: int = option(1, "parts that an update is computed in: the same gradient, "
                                "with less memory for activations")
+    lora: int = option(0, "train adapters of this rank alone (real/lora.py); 0: all weights")
     lr: float = option(3e-4, "learning rate of the policy (AdamW)")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     clip_eps: float = option(0.2, "the ratio counts between 1 - clip_eps and 1 + clip_eps")
@@ -188,8 +188,8 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
     """
     check(config)
     device = pick_device(config.device)
-    policy = model if model is not None else load_model(config.sft, device)
-    reference = copy.deepcopy(policy).requires_grad_(False) if config.beta > 0 else None
+    policy = model if model is not None else load_model(config.sft, device, lora=config.lora)
+    reference = policy.twin().requires_grad_(False) if config.beta > 0 else None
     optimizer = optimizer_for(policy, config.lr)
     reward, rows, files = load_reward(config, reward, policy, device)
     inputs = files if model is not None else [config.sft, *files]

@@ -124,11 +124,11 @@ class Llama(model.GPT):
 
     def with_head(self, kind):
         """As GPT's, and without weights for logits, which nobody will ask it for."""
-        scalar = kind(replace(self.config, tied=True), self.tokenizer)
-        weights = self.state_dict()
-        weights.pop("unembed.weight", None)
-        scalar.trunk.load_state_dict(weights)
-        return scalar.to(self.tokens.weight.device)
+        scalar = super().with_head(kind)
+        if not self.config.tied:
+            scalar.config = scalar.trunk.config = replace(self.config, tied=True)
+            del scalar.trunk.unembed
+        return scalar
 
     def head(self, states):
         """states (..., D) -> logits (..., V)."""

@@ -1,6 +1,7 @@
 """Checkpoints: the weights of a model, and what is needed to build it again."""
 import dataclasses
 import io
+from pathlib import Path
 
 import torch
 
@@ -13,13 +14,21 @@ from grpo_min.tokenizer import Tokenizer
 def serialise(**content):
     buffer = io.BytesIO()
     torch.save(content, buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()  # not a copy: that of a real model would take gigabytes
 
 
 def weights(model):
-    """A model as plain data: {kind, config, tokenizer, model}."""
+    """A model as plain data: {kind, config, tokenizer, model, lora}."""
     return dict(kind=type(model).__name__, config=dataclasses.asdict(model.config),
-                tokenizer=model.tokenizer.to_dict(), model=model.state_dict())
+                tokenizer=model.tokenizer.to_dict(), model=trained(model),
+                lora=getattr(model, "lora", {}))
+
+
+def trained(model):
+    """The state of a model, but for its frozen weights (real/lora.py)."""
+    frozen = {name for name, weight in model.named_parameters() if not weight.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items()
+            if name not in frozen}
 
 
 def load_checkpoint(path):
@@ -43,10 +52,11 @@ def config_of(data):
     return GPTConfig(**data)
 
 
-def load_model(path, device="cpu", kind=GPT, like=None):
+def load_model(path, device="cpu", kind=GPT, like=None, lora=0):
     """The model of a checkpoint, of this kind; like: the model that it has to read.
 
-    Where a GPT is asked for, a Llama will do; the others stand on either of them.
+    Where a GPT is asked for, a Llama will do; the others stand on either of them. lora: the
+    rank of adapters to train on it (real/lora.py); 0: none.
     """
     checkpoint = load_checkpoint(path)
     require(checkpoint["kind"] == kind.__name__
@@ -62,13 +72,32 @@ def load_model(path, device="cpu", kind=GPT, like=None):
     require(like is None or like.tokenizer.to_dict() == tokenizer.to_dict()
             and like.config.context <= config.context,
             f"{path} has another tokenizer, or a shorter context, than the policy")
-    model = config.build(tokenizer) if kind is GPT else kind(config, tokenizer)
+    if checkpoint.get("lora"):
+        model = with_adapters(checkpoint["lora"], state, path)
+    else:
+        model = config.build(tokenizer) if kind is GPT else kind(config, tokenizer)
+        load_weights(model, state, path)
+    model = model.to(device)
+    if lora:
+        from grpo_min.real.lora import adapt
+        adapt(model, lora, Path(path).resolve())
+    return model
+
+
+def with_adapters(lora, state, path):
+    """The model that the adapters of a checkpoint stand on, and the adapters added to it."""
+    from grpo_min.real.lora import adapt, merge
+    require(Path(lora["base"]).exists(), f"{path} holds adapters for {lora['base']}, which "
+            "is not there")
+    model = adapt(load_model(lora["base"]), lora["rank"], lora["base"])
     load_weights(model, state, path)
-    return model.to(device)
+    return merge(model)
 
 
 def load_weights(model, state, path):
+    frozen = {name: weight for name, weight in model.named_parameters()
+              if not weight.requires_grad}
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(frozen | state)
     except RuntimeError:
         raise UserError(f"{path}: the weights are of another shape than {model.config}")

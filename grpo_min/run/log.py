@@ -14,13 +14,13 @@ from pathlib import Path
 
 import torch
 
-from grpo_min.run.checkpoint import serialise, weights
+from grpo_min.run.checkpoint import serialise, trained, weights
 from grpo_min.run.config import UserError, require
 from grpo_min.run.files import fingerprint, make_folder, move_aside, save_file
 from grpo_min.run.ranks import RANK, RANKS, mean
 from grpo_min.run.table import column_names, write_csv
 
-SAVE_EVERY = 10      # seconds between checkpoints
+SAVE_EVERY = 10      # seconds between checkpoints, more where they take long (see pause)
 
 
 class Run:
@@ -34,6 +34,7 @@ class Run:
     def __init__(self, config, inputs, parts, schedule=False):
         self.config, self.parts, self.rows, self.warned = config, parts, [], set()
         self.pending, self.stopped, self.schedule = None, False, schedule
+        self.writing = 0.0  # seconds that the last checkpoint took
         self.folder = Path(config.run) if config.run else None
         # A process that another one has started shares its screen: lines have names, stay.
         self.shares_screen = multiprocessing.parent_process() is not None
@@ -93,11 +94,18 @@ class Run:
             logits = trunk.plain(torch.zeros_like(trunk.tokens.weight[:1, :1]).long())
         if not all(tensor.isfinite().all() for tensor in [*model.parameters(), logits]):
             self.fail("the weights, or what they compute, are no longer finite")
-        states = {name: part.state_dict() for name, part in others}
+        states = {name: trained(part) if isinstance(part, torch.nn.Module)
+                  else part.state_dict() for name, part in others}
         return serialise(step=step, **weights(model), **states)
 
     def save(self, content):
+        start = time.perf_counter()
         save_file(self.folder / "checkpoint.pt", content)
+        self.writing = time.perf_counter() - start
+
+    def pause(self):
+        """Seconds until the next checkpoint: writing them takes a fortieth of the time."""
+        return SAVE_EVERY * max(1, 4 * self.writing)
 
     def step_done(self, step, row, line, samples=()):
         """Record a step: row {metric: number}, a line to show, dicts for samples.jsonl.
@@ -115,7 +123,7 @@ class Run:
                 self.pending = None
             if last or stopped:
                 self.save(self.checkpoint(done))
-            elif time.perf_counter() - self.saved > SAVE_EVERY:
+            elif time.perf_counter() - self.saved > self.pause():
                 self.saved = time.perf_counter()
                 self.pending = self.checkpoint(done)
         self.show(done, line, last)

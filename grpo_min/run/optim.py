@@ -22,7 +22,8 @@ def update(run, model, optimizer, loss, max_norm=1.0, part=0, parts=1):
     if (part + 1) % parts:
         return ""
     for parameter in model.parameters():
-        mean(parameter.grad)  # over the ranks
+        if parameter.requires_grad:
+            mean(parameter.grad)  # over the ranks
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm, loss = torch.stack([norm, loss.detach()]).tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):

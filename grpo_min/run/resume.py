@@ -6,6 +6,8 @@ import shlex
 import subprocess
 import sys
 
+from torch import nn
+
 from grpo_min.run.checkpoint import load_checkpoint, load_weights
 from grpo_min.run.config import UserError, require
 from grpo_min.run.files import read_text, save_file
@@ -36,7 +38,10 @@ def restore(run):
         (_, model), *others = run.parts.items()
         load_weights(model, checkpoint["model"], path)
         for name, part in others:
-            part.load_state_dict(checkpoint[name])
+            if isinstance(part, nn.Module):
+                load_weights(part, checkpoint[name], path)
+            else:
+                part.load_state_dict(checkpoint[name])
         run.first_step = checkpoint["step"]
         run.rows = read_csv(run.folder / "metrics.csv", run.first_step)
         require(len(run.rows) == run.first_step,

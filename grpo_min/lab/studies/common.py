@@ -49,10 +49,11 @@ class StudyConfig:
     countdown           does the loop learn a task of one's own
     all                 those from baselines to countdown, and the minutes of each
     threads             the main job where other processes use the cores
+    real                what RL makes of a real model, SmolLM2
     """
     run: str = option("runs/study", "folder for the runs")
     out: str = option(str(RESULTS), "folder for the results")
-    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 for countdown, else 5")
+    seeds: int = option(0, "seeds of each setting; 0: 1 for tuning, 3 for countdown and real, else 5")
     steps: int = option(0, "batches per run; 0: the study's")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model, for kl")
