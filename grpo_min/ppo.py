@@ -52,7 +52,7 @@ class PPOConfig:
     minibatches: int = option(1, "updates per pass: the batch is split by prompts")
     microbatches: int = option(1, "parts that an update is computed in: the same gradient, "
                                "with less memory for activations")
-    lora: int = option(0, "train adapters of this rank alone (real/lora.py); 0: all weights")
+    lora: int = option(0, "train adapters of this rank, not the weights (real/lora.py)")
     lr: float = option(3e-4, "learning rate of the policy (AdamW)")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")
     clip_eps: float = option(0.2, "the ratio counts between 1 - clip_eps and 1 + clip_eps")
@@ -188,7 +188,7 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
     """
     check(config)
     device = pick_device(config.device)
-    policy = model if model is not None else load_model(config.sft, device, lora=config.lora)
+    policy = model or load_model(config.sft, device, lora=config.lora)
     reference = policy.twin().requires_grad_(False) if config.beta > 0 else None
     optimizer = optimizer_for(policy, config.lr)
     reward, rows, files = load_reward(config, reward, policy, device)

@@ -13,10 +13,10 @@ import torch
 from grpo_min import grpo, ppo, sft, variants
 from grpo_min.lab.report import state_bytes
 from grpo_min.lab.studies import (__main__ as command, baselines, common, credit, critic, group_size, is_rl_needed, kl,
-                                  learning, length, noise, overoptimisation, recipes, threads, tuning)
+                                  learning, length, noise, overoptimisation, real, recipes, threads, tuning)
 from grpo_min.lab.studies.common import StudyConfig
 from grpo_min.rewards import correct
-from grpo_min.rollout import Prompts, sample, token_logprobs
+from grpo_min.rollout import Prompts, Rollout, pad_completions, sample, token_logprobs
 from grpo_min.run.checkpoint import load_checkpoint, load_model
 from grpo_min.run.config import UserError
 from grpo_min.run.data import read_jsonl
@@ -39,12 +39,12 @@ def test_help_lists_every_study(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     listed = re.findall(r"^ *(\w+)  +\w", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
-    assert listed == [*list(command.STUDIES)[:-1], "all", "threads"] and len(listed) == 16
+    assert listed == [*list(command.STUDIES)[:-2], "all", "threads", "real"] and len(listed) == 17
 
 
 @pytest.mark.parametrize("words", [[], ["--quick"], ["publish"], ["Tuning"]])
 def test_a_study_that_is_none(words):
-    with pytest.raises(UserError, match="name a study first: tuning, baselines, .*, threads, all$"):
+    with pytest.raises(UserError, match="name a study first: tuning, baselines, .*, threads, real, all$"):
         command.main(words)
 
 
@@ -64,7 +64,7 @@ def test_all_studies_one_after_the_other(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "study", lambda config, name=name: names.append(name))
     words = ["all", "--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command.main(words)
-    assert names == [name for name in command.STUDIES if name not in ("tuning", "threads")] and len(names) == 13
+    assert names == [name for name in command.STUDIES if name not in ("tuning", "threads", "real")] and len(names) == 13
     text = (tmp_path / "out/minutes.md").read_text()
     assert all(f"| {name} | 0.0 |" in text for name in [*names, "**all**"])
     (tmp_path / "out/minutes.md").unlink()
@@ -320,12 +320,51 @@ def test_the_map_counts_the_seeds_in_which_ppo_needs_fewer():
                     "0.62 |")
 
 
-# --- a task of one's own, threads ---------------------------------------------------------------------------------
+# --- a task of one's own, a real model, threads -------------------------------------------------------------------
 
 def test_countdown_to_the_end(run_study):
     _, _, text = run_study("countdown", eval_prompts=4)
     assert "| fine-tuned |" in text and "| GRPO |" in text and "4 test prompts" in text
     assert text.count("\n| use ") == 3 and "| prompt | fine-tuned | GRPO, seed 1 |" in text
+
+
+def test_a_real_model_to_the_end(run_study, tmp_path, monkeypatch):
+    monkeypatch.setattr(real, "in_own_process", lambda function, *arguments: function(*arguments))
+    start = tiny.checkpoint(tmp_path / "start.pt", context=128)
+    rows, curves, text = run_study("real", again=True, sft=start, eval_prompts=12)
+    assert [(row["algorithm"], row["setting"]) for row in rows] == [
+        ("before", "main"), ("GRPO", "lr 1e-5"), ("GRPO", "main"), ("PPO", "lr 1e-5"), ("PPO", "main")]
+    assert float(rows[0]["kl"]) == float(rows[0]["test_kl"]) == 0 and not rows[0]["minutes"]
+    assert all(float(row["minutes"]) > 0 and row["judged"] == "48.0" for row in rows[1:])
+    assert [curve["completions"] for curve in curves] == ["64", "128"] * 4
+    with open(tmp_path / "out/real-answers.csv", encoding="utf-8", newline="") as file:
+        answers = list(csv.DictReader(file))
+    assert [row["algorithm"] for row in answers] == ["before"] * 10 + ["GRPO"] * 10 + ["PPO"] * 10
+    assert text.count("\n| before |") == 2 and "48 answers each" in text and "| words | before | GRPO | PPO |" in text
+    assert not list((tmp_path / "runs").glob("**/checkpoint.pt")), "they would be large"
+
+
+def test_a_pattern_has_blanks_for_the_words():
+    assert real.pattern(" The Moon lights the river.", ["river", "moon"]) == "The _ lights the _."
+    assert real.pattern("A mirror mirrors the moon.", ["mirror", "moon"]) == "A _ mirrors the _."
+
+
+def test_what_a_policy_says_of_two_words_is_judged(monkeypatch):
+    """Of two prompts, two answers to each: all figures by hand."""
+    said = iter([["The {0} and the {1}.", "The {0} and the {1}."], ["The {0} and the {1}.", "A {1}."]])
+    policy = tiny.gpt(context=128)
+
+    def answers(policy, prompts, samples, *_):
+        texts = [text.format(*re.findall('"(.+?)"', prompts.texts[0])) for text in next(said)]
+        ids, mask = pad_completions(texts, policy.tokenizer)
+        return Rollout(ids, mask, token_logprobs(policy, prompts, ids, mask)[0] + 0.5 * mask, torch.tensor([True] * 2))
+    monkeypatch.setattr(real, "sample", answers)
+    figures, answers = real.judge(policy, policy, "val", 2, samples=2, batch=1)
+    length = np.mean([len(policy.tokenizer.encode_completion(row["answer"], True)) for row in answers])
+    assert figures["right"] == 0.75 and figures["different"] == 1.5 and figures["judged"] == 4
+    assert figures["patterns"] == 2 and figures["commonest"] == 0.75 and figures["words"] == (5 * 3 + 2) / 4
+    assert 0.4 * length < figures["kl"] < 0.6 * length, "half a nat for each token"
+    assert [row["pattern"] for row in answers] == ["The _ and the _."] * 2 and answers[0]["reward"] == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="needs an affinity")

@@ -9,10 +9,13 @@ q, k and v are one matrix here, and so are gate and value of a SwiGLU: each shar
 A checkpoint holds A and B, and names the one that they stand on; read again, they are
 added to its matrices, so that whoever reads it has an ordinary model.
 """
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from grpo_min.run.checkpoint import load_model, load_weights
 from grpo_min.run.config import require
 
 ALPHA = 32  # the same for all ranks, so that they are fit for about the same learning rate
@@ -55,12 +58,16 @@ def adapt(model, rank, base):
     generator = torch.Generator().manual_seed(0)
     for module, name in layers(model):
         setattr(module, name, Adapted(getattr(module, name), rank, generator))
-    model.lora = dict(rank=rank, base=str(base))
+    model.lora = dict(rank=rank, base=str(Path(base).resolve()))
     return model
 
 
-def merge(model):
-    """Add the adapters to the weights, and take them away: in place."""
+def with_adapters(lora, state, path):
+    """What a checkpoint's adapters stand on, with them added to it: a GPT or Llama."""
+    base = lora["base"]
+    require(Path(base).exists(), f"{path} holds adapters for {base}, which is not there")
+    model = adapt(load_model(base), lora["rank"], base)
+    load_weights(model, state, path)
     for module, name in layers(model):
         setattr(module, name, getattr(module, name).merged())
     del model.lora

@@ -1,7 +1,6 @@
 """Checkpoints: the weights of a model, and what is needed to build it again."""
 import dataclasses
 import io
-from pathlib import Path
 
 import torch
 
@@ -73,6 +72,7 @@ def load_model(path, device="cpu", kind=GPT, like=None, lora=0):
             and like.config.context <= config.context,
             f"{path} has another tokenizer, or a shorter context, than the policy")
     if checkpoint.get("lora"):
+        from grpo_min.real.lora import with_adapters
         model = with_adapters(checkpoint["lora"], state, path)
     else:
         model = config.build(tokenizer) if kind is GPT else kind(config, tokenizer)
@@ -80,18 +80,8 @@ def load_model(path, device="cpu", kind=GPT, like=None, lora=0):
     model = model.to(device)
     if lora:
         from grpo_min.real.lora import adapt
-        adapt(model, lora, Path(path).resolve())
+        adapt(model, lora, path)
     return model
-
-
-def with_adapters(lora, state, path):
-    """The model that the adapters of a checkpoint stand on, and the adapters added to it."""
-    from grpo_min.real.lora import adapt, merge
-    require(Path(lora["base"]).exists(), f"{path} holds adapters for {lora['base']}, which "
-            "is not there")
-    model = adapt(load_model(lora["base"]), lora["rank"], lora["base"])
-    load_weights(model, state, path)
-    return merge(model)
 
 
 def load_weights(model, state, path):

@@ -112,9 +112,10 @@ def judged(threads, config, start, algorithm, setting, seed):
         figures, answers = judge(policy, reference, "test", config.eval_prompts)
         row.update({f"test_{name}": value for name, value in figures.items()}, answers=answers[:10])
     if metrics:
-        phases = {f"seconds_{phase}": [each.get(f"seconds_{phase}") or 0 for each in metrics] for phase in PHASES}
-        row.update({name: float(np.mean(seconds)) for name, seconds in phases.items()},
-                   minutes=sum(map(sum, phases.values())) / 60, gigabytes=metrics[-1]["memory_mb"] / 1e3)
+        for phase in PHASES:
+            row[f"seconds_{phase}"] = float(np.mean([each.get(f"seconds_{phase}") or 0 for each in metrics]))
+        row.update(gigabytes=metrics[-1]["memory_mb"] / 1e3,
+                   minutes=len(metrics) / 60 * sum(row[f"seconds_{phase}"] for phase in PHASES))
     make_folder(folder)
     save_file(folder / "row.json", json.dumps(dict(row, of=settings)).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
@@ -136,9 +137,9 @@ def judge(policy, reference, split, count, samples=4, batch=16):
         scores, said = score(reward, part, rollout, samples, policy.tokenizer)
         kl, rewards, texts = kl + k1.sum(dim=1).tolist(), rewards + scores.tolist(), texts + said
     patterns = [pattern(text, rows[i // samples]["words"]) for i, text in enumerate(texts)]
-    groups = [texts[i:i + samples] for i in range(0, len(texts), samples)]
-    figures = dict(right=np.mean(rewards), kl=np.mean(kl).round(6) + 0, words=np.mean([len(text.split()) for text in texts]),
-                   different=np.mean([len(set(group)) for group in groups]), patterns=len(set(patterns)),
+    different = [len(set(texts[i:i + samples])) for i in range(0, len(texts), samples)]
+    figures = dict(right=np.mean(rewards), kl=np.mean(kl).round(6) + 0, different=np.mean(different),
+                   words=np.mean([len(text.split()) for text in texts]), patterns=len(set(patterns)),
                    commonest=Counter(patterns).most_common(1)[0][1] / len(patterns), judged=len(texts))
     answers = [dict(prompt=row["prompt"], answer=text, reward=right, pattern=shape)
                for row, text, right, shape in zip(rows, texts[::samples], rewards[::samples], patterns[::samples])]
@@ -168,8 +169,8 @@ def report(config, rows, answers):
     lines += ["Ten test prompts, and the first answer to each (its reward):", ""]
     headings = ["words", *dict.fromkeys(row["algorithm"] for row in answers)]
     lines += table(headings, [[words, *each] for words, each in said.items()])
-    return lines + ["", f"{before['judged']:.0f} answers each, at a temperature of 1. A pattern is an answer with blanks "
-                    f"for the two words. Seeds 1 to {len(main) // len(LOOPS)}: mean (lowest to highest). "
+    return lines + ["", f"{before['judged']:.0f} answers each, at a temperature of 1. A pattern is an answer with "
+                    f"blanks for the two words. Seeds 1 to {len(main) // len(LOOPS)}: mean (lowest to highest). "
                     f"{machine(pick_device(config.device))}, {date.today()}."]
 
 
