@@ -19,7 +19,7 @@ import torch
 from grpo_min.rewards import load_reward, score
 from grpo_min.rollout import Prompts, frozen_logprobs, sample, split, token_logprobs
 from grpo_min.run import metrics
-from grpo_min.run.checkpoint import load_model
+from grpo_min.run.checkpoint import frozen_copy, load_model
 from grpo_min.run.config import (option, parse, pick_device, require, require_positive,
                                  run_command)
 from grpo_min.run.data import batch_rows
@@ -154,7 +154,7 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
     check(config)
     device = pick_device(config.device)
     policy = model or load_model(config.sft, device, lora=config.lora)
-    reference = policy.twin().requires_grad_(False) if config.beta > 0 else None
+    reference = frozen_copy(policy) if config.beta > 0 else None
     optimizer = optimizer_for(policy, config.lr)
     reward, rows, files = load_reward(config, reward, policy, device)
     inputs = files if model is not None else [config.sft, *files]

@@ -106,15 +106,10 @@ class GPT(nn.Module):
             elif "norm" not in name:
                 nn.init.normal_(parameter, std=std)
 
-    def twin(self):
-        """A copy; weights that are not trained (real/lora.py) are the same tensors."""
-        shared = {id(each): each for each in self.parameters() if not each.requires_grad}
-        return copy.deepcopy(self, shared)
-
     def with_head(self, kind):
         """A copy as a ScalarGPT or Critic, whose numbers are 0: to be trained."""
         model = kind(self.config, self.tokenizer).to(self.tokens.weight.device)
-        model.trunk = self.twin()
+        model.trunk = twin(self)
         return model
 
     def head(self, states):
@@ -207,6 +202,12 @@ class ScalarGPT(nn.Module):
         """The number at the last real token of each completion: (B,)."""
         scores = self(prompts, completion_ids, mask)  # (B, N + 1)
         return scores.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
+
+
+def twin(model):
+    """A copy, whose weights that are not trained (real/lora.py) are the same tensors."""
+    shared = {id(each): each for each in model.parameters() if not each.requires_grad}
+    return copy.deepcopy(model, shared)
 
 
 def autocast(device):

@@ -5,7 +5,6 @@ tensor by tensor. No time is asserted anywhere.
 """
 import copy
 import json
-import types
 
 import pytest
 import torch
@@ -116,7 +115,7 @@ def test_model_state_is_counted_to_the_byte(loop, beta, tmp_path, monkeypatch, w
     def copied(thing):
         references.append(copy.deepcopy(thing))
         return references[-1]
-    monkeypatch.setattr(loop, "copy", types.SimpleNamespace(deepcopy=copied))
+    monkeypatch.setattr(loop, "frozen_copy", copied)
     config = settings(loop, tmp_path, steps=1, beta=beta)
     policy, _ = loop.train(config, reward=letter_e)
     trained = [(model, optimizer) for (model, _), optimizer in optimizers]

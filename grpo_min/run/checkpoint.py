@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from grpo_min.model import GPT, GPTConfig
+from grpo_min.model import GPT, GPTConfig, twin
 from grpo_min.run.config import UserError, require
 from grpo_min.run.files import one_line
 from grpo_min.tokenizer import Tokenizer
@@ -82,6 +82,11 @@ def load_model(path, device="cpu", kind=GPT, like=None, lora=0):
         from grpo_min.real.lora import adapt
         adapt(model, lora, path)
     return model
+
+
+def frozen_copy(model):
+    """A model as it is now, for a reference: it is not trained."""
+    return twin(model).requires_grad_(False)
 
 
 def load_weights(model, state, path):

@@ -6,7 +6,6 @@ of the run, the place of what the loop calls by that name.
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -180,7 +179,7 @@ SWAPS = {
              ("accuracy", "dropped", "equal_groups", "kl")),
     11: Swap(grpo, lambda m: dict(reward=m.reward), panels=("reward", "accuracy", "length", "kl")),
     13: Swap(grpo, lambda m: dict(kl=m.kl_estimate),
-             in_place=lambda m: dict(copy=SimpleNamespace(deepcopy=m.reference_of))),
+             in_place=lambda m: dict(frozen_copy=m.reference_of)),
     14: Swap(grpo, lambda m: dict(loss=with_penalty(m.policy_loss), kl=m.penalty), dict(beta=2.0)),
     15: Swap(grpo, lambda m: dict(advantage=m.group_advantages, loss=with_penalty(m.policy_loss))),
     16: Swap(ppo, lambda m: dict(advantage=m.gae), FRESH_CRITIC, OF_CRITICS,
