@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_prompts_with_text_beside_the_user_s(tmp_path):
-    with pytest.raises(UserError, match="text beside the user's"):
+def test_prompts_of_another_form_than_the_template_s(tmp_path):
+    with pytest.raises(UserError, match="its prompts are not"):
         export(tiny.gpt(tokenizer=tiny.other_tokenizer()), tmp_path / "out")
     assert not (tmp_path / "out").exists()

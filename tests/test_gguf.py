@@ -24,7 +24,7 @@ def write(path, ours, folder, pre, arch=None, **more):
     config, data = ours.config, json.loads((folder / "tokenizer.json").read_text())
     arch = arch or ("qwen2" if config.bias else "qwen3" if config.head_norm else "llama")
     writer = gguf.GGUFWriter(str(path), arch)
-    for name, theirs in names.GGUF_FIELDS.items():
+    for theirs, name in names.GGUF_FIELDS.items():
         ours_name = next(key for key, value in names.LLAMA_FIELDS.items() if value == name)
         value = getattr(config, ours_name)
         (writer.add_float32 if isinstance(value, float) else writer.add_uint32)(f"{arch}.{theirs}", value)

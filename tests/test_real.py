@@ -184,13 +184,15 @@ def test_end_is_the_end_of_a_turn_and_pad_never_is(tmp_path, pair):
     made.eos_token = made.pad_token = NAMES[0]      # as base models with a template have it
     real_models.save(tmp_path, tokens_of=made)
     tokenizer = load(str(tmp_path)).tokenizer
-    assert (tokenizer.end, tokenizer.pad) == (2, 0)
+    assert (tokenizer.end, tokenizer.pad) == (0, 2), "END is what they call eos_token"
+    change(tmp_path / "tokenizer_config.json", eos_token=None)  # as GPT-2's own has it
+    assert load(str(tmp_path)).tokenizer.end == 2, "the eos_token_id of config.json"
 
 
 def test_without_a_template_there_is_a_plain_one(tmp_path):
     real_models.save(tmp_path, tokens_of=real_models.tokenizer(template=None))
     tokenizer = load(str(tmp_path)).tokenizer
-    assert tokenizer.decode(tokenizer.encode_prompt(" 1 <|im_end|>")) == "User:  1 <|im_end|>\nAssistant:"
+    assert tokenizer.decode(tokenizer.encode_prompt(" 1 <|im_end|>")) == "<|im_start|>User:  1 <|im_end|>\nAssistant:"
     assert tokenizer.end == 2 != tokenizer.pad
 
 
@@ -276,8 +278,9 @@ def test_fine_tuning_begins_at_it(pair, tmp_path):
 BAD_FIELDS = [
     dict(rope_parameters=dict(rope_type="llama3", rope_theta=1e4, factor=8.0)), dict(rope_scaling=dict(type="linear")),
     dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), dict(hidden_act="gelu"),
-    dict(attention_bias=True), dict(mlp_bias=True), dict(sliding_window=16), dict(quantization_config=dict(bits=4)),
-    dict(layer_types=["sliding_attention"]), dict(num_experts=4), dict(pretraining_tp=2),
+    dict(attention_bias=True), dict(mlp_bias=True), dict(use_sliding_window=True),
+    dict(quantization_config=dict(bits=4)), dict(layer_types=["sliding_attention"]), dict(num_experts=4),
+    dict(pretraining_tp=2),
 ]
 
 
@@ -311,11 +314,13 @@ def test_a_config_of_gpt_2_too(pair, tmp_path):
         change(tmp_path / "model/config.json", **fields)
         bad(tmp_path / "model", list(fields)[0])
         (tmp_path / "model/config.json").write_text(before)
+    change(tmp_path / "model/config.json", n_head=5)
+    bad(tmp_path / "model", "config.json cannot be understood")
 
 
 @pytest.mark.parametrize("fields, words", [
     (dict(model_type="mamba"), "mamba not built"), (dict(hidden_size="32"), "config.json"),
-    (dict(vocab_size=-1), "vocab_size"), (dict(num_key_value_heads=3), "heads"), (dict(head_dim=7), "heads"),
+    (dict(vocab_size=-1), "ids than the model"), (dict(num_key_value_heads=3), "k_proj"), (dict(head_dim=7), "k_proj"),
     (dict(intermediate_size=64), "gate_proj"), (dict(num_hidden_layers=3), "lacks layers.2"),
     (dict(num_hidden_layers=1), "layers.1 not built"), (dict(vocab_size=100), "ids than the model"),
     (dict(rms_norm_eps=None, max_position_embeddings=None), "max_position_embeddings")])
@@ -341,18 +346,21 @@ def test_shards(pair, tmp_path):
     theirs.save_pretrained(tmp_path / "model", max_shard_size="30KB")
     parts = sorted((tmp_path / "model").glob("model-*.safetensors"))
     assert len(parts) > 1 and tiny.same(load(str(tmp_path / "model")).state_dict(), ours.state_dict())
+    whole = parts[1].read_bytes()
+    parts[1].write_bytes(whole[:-50])
+    bad(tmp_path / "model", f"{parts[1].name} is damaged or cut short")
     parts[1].unlink()
-    bad(tmp_path / "model", f"lacks {parts[1].name}")
+    bad(tmp_path / "model", "lacks the tensor")
 
 
 @pytest.mark.parametrize("part, value, words", [
     ("model", dict(type="Unigram", vocab=[]), "Unigram"), ("pre_tokenizer", dict(type="Metaspace"), "Metaspace"),
     ("normalizer", dict(type="Lowercase"), "Lowercase"), ("pre_tokenizer", None, "unknown"), ("model", 7, "unknown"),
-    ("added_tokens", [dict(id=0, content="<s>", lstrip=True)], "lstrip"), ("model", dict(type="BPE"), "unknown"),
+    ("added_tokens", [dict(id=511, content="<")], "one letter"), ("model", dict(type="BPE"), "unknown"),
     ("model", dict(type="BPE", vocab={"世": 0}, merges=[]), "letters"),
     ("model", dict(type="BPE", vocab={"a": 0, "b": 1, "ab": 3, "ba": 2}, merges=["a b", "b a"]), "order"),
     ("model", dict(type="BPE", vocab={"a": 0, "b": 0}, merges=[]), "same id"),
-    ("model", dict(type="BPE", vocab={"a": 0}, merges=[], byte_fallback=True), "byte_fallback"),
+    ("pre_tokenizer", dict(type="ByteLevel", add_prefix_space=True), "add_prefix_space"),
     ("pre_tokenizer", dict(type="Sequence", pretokenizers=[dict(type="Punctuation"), dict(type="ByteLevel")]),
      "Punctuation")])
 def test_a_tokenizer_of_an_unknown_kind(part, value, words, folder):
@@ -368,8 +376,8 @@ def test_sources_that_are_none(tmp_path, folder, monkeypatch):
     bad("", "which model")
     bad(tmp_path / "nowhere", "no folder")
     (tmp_path / "file.bin").write_bytes(b"x")
-    bad(tmp_path / "file.bin", "no .gguf")
-    bad(tmp_path, "no config.json")
+    bad(tmp_path / "file.bin", "no GGUF file")
+    bad(tmp_path, "cannot read config.json")
     bad(folder, "--context", context=0)
     (folder / "config.json").write_text("{")
     bad(folder, "not JSON")
@@ -384,13 +392,10 @@ def test_sources_that_are_none(tmp_path, folder, monkeypatch):
 
 def test_a_template_that_fails_is_one_line(folder, tmp_path):
     for template, words in [
-            ("{{ raise_exception('no system role') }}", "no system role"), ("{% if %}", "template fails"),
+            ("{{ raise_exception('no\nsystem role') }}", "no system role"), ("{% if %}", "template fails"),
             ("{{ messages.__class__.__mro__ }}", "unsafe"), ("{% for i in range(10**9) %}{% endfor %}", "ange")]:
         (folder / "chat_template.jinja").write_text(template)
-        tokenizer = load(str(folder)).tokenizer
-        with pytest.raises(UserError, match=words) as error:
-            tokenizer.encode_prompt("a")
-        assert "\n" not in str(error.value)
+        bad(folder, words)
 
 
 def test_a_prompt_that_does_not_fit(pair, tmp_path):
@@ -410,6 +415,7 @@ def test_a_critic_of_another_vocabulary(pair, tmp_path):
 
 def test_a_full_disk_leaves_nothing(folder, tmp_path, monkeypatch, capsys):
     def full(self, content):
+        self.open("wb").write(content[:len(content) // 2])
         raise OSError(errno.ENOSPC, "No space left on device")
     monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(SystemExit) as stop:
@@ -431,11 +437,9 @@ def test_the_hub_s_cache_will_do_without_a_network(pair, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("package", ["safetensors", "jinja2", "gguf", "huggingface_hub"])
 def test_a_missing_package_is_named(package, folder, tmp_path, monkeypatch):
-    for name in package, f"{package}.sandbox":
+    for name in package, f"{package}.sandbox", f"{package}.torch":
         monkeypatch.setitem(__import__("sys").modules, name, None)
     tokens.compiled.cache_clear()
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     with pytest.raises(UserError, match=f"pip install {package}"):
-        if package == "jinja2":
-            load(str(folder)).tokenizer.encode_prompt("a")
         load(dict(gguf=str(tmp_path / "a.gguf"), huggingface_hub="some/llama").get(package, str(folder)))

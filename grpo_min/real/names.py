@@ -26,7 +26,7 @@ GGUF = {"tokens": "token_embd", "norm": "output_norm", "unembed": "output", "blo
         "attention.out": "attn_output", "attention.norm_q": "attn_q_norm",
         "attention.norm_k": "attn_k_norm", "up": "ffn_gate ffn_up", "down": "ffn_down"}
 
-# Our field: theirs, and a GGUF's name for theirs.
+# Our field: theirs; and a GGUF's: theirs.
 GPT2_FIELDS = dict(vocab_size="vocab_size", context="n_positions", layers="n_layer",
                    heads="n_head", width="n_embd")
 LLAMA_FIELDS = dict(
@@ -34,21 +34,22 @@ LLAMA_FIELDS = dict(
     heads="num_attention_heads", kv_heads="num_key_value_heads", width="hidden_size",
     head_size="head_dim", hidden="intermediate_size", eps="rms_norm_eps", theta="rope_theta"
 )
-GGUF_FIELDS = dict(
-    num_hidden_layers="block_count", hidden_size="embedding_length",
-    intermediate_size="feed_forward_length", num_attention_heads="attention.head_count",
-    num_key_value_heads="attention.head_count_kv", rope_theta="rope.freq_base",
-    max_position_embeddings="context_length", head_dim="attention.key_length",
-    rms_norm_eps="attention.layer_norm_rms_epsilon")
-# What fields may say, and those that do not change what a trained model computes.
+GGUF_FIELDS = {
+    "block_count": "num_hidden_layers", "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size", "context_length": "max_position_embeddings",
+    "attention.head_count": "num_attention_heads", "rope.freq_base": "rope_theta",
+    "attention.head_count_kv": "num_key_value_heads", "attention.key_length": "head_dim",
+    "attention.value_length": "head_dim", "rope.dimension_count": "head_dim",
+    "attention.layer_norm_rms_epsilon": "rms_norm_eps", "vocab_size": "vocab_size"}
+# What fields must say, and those that do not change what a trained model computes.
 FIXED = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5, hidden_act="silu",
              scale_attn_weights=True, pretraining_tp=1)
 SILENT = set("""model_type architectures transformers_version torch_dtype dtype use_cache
     _name_or_path bos_token_id eos_token_id pad_token_id initializer_range return_dict n_ctx
     attention_dropout attn_pdrop embd_pdrop resid_pdrop summary_type summary_use_proj
     summary_activation summary_proj_to_labels summary_first_dropout task_specific_params
-    id2label label2id reorder_and_upcast_attn is_llama_config transformers.js_config
-    tie_word_embeddings""".split())
+    id2label label2id is_llama_config transformers.js_config sliding_window
+    max_window_layers""".split())  # not use_sliding_window
 
 
 @contextmanager
@@ -67,64 +68,43 @@ def refusing(what):
 
 
 def read_config(fields, context, source):
-    """The fields of a config.json -> a GPTConfig or LlamaConfig, or a UserError.
-
-    context: positions, at most those that the model was made for.
-    """
+    """The fields of a config.json -> a GPTConfig or LlamaConfig of at most that context, in
+    tokens; or a UserError."""
     fields = {name: value for name, value in fields.items() if value is not None}
-    family, says = fields.get("model_type"), f"{source}: config.json asks for"
+    family = fields.get("model_type")
     require(family in ("gpt2", "llama", "qwen2", "qwen3"), f"{source}: a model of the kind "
             f"{family} is not built, only gpt2, llama, qwen2 and qwen3")
-    words = GPT2_FIELDS if family == "gpt2" else LLAMA_FIELDS
-    fixed, used = dict(FIXED), SILENT | {*words.values()}
-    tied = fields.get("tie_word_embeddings", family == "gpt2")
+    tied = bool(fields.pop("tie_word_embeddings", family == "gpt2"))
     if family == "gpt2":
-        fixed["n_inner"] = 4 * fields["n_embd"]
-        require(tied, f"{says} tie_word_embeddings {tied}, which is not built")
-    else:  # newer configs have the base of the angles beside the kind of their scaling
-        heads, theta = fields["num_attention_heads"], 10000.0
-        for name in "rope_scaling", "rope_parameters":
-            rope = {"type": "default", **fields.pop(name, {})}
-            theta = rope.pop("rope_theta", theta)
-            require({*rope} <= {"type", "rope_type"} and {*rope.values()} == {"default"},
-                    f"{says} {name} {rope}, which is not built")
+        words, fixed = GPT2_FIELDS, dict(FIXED, n_inner=4 * fields["n_embd"])
+        require(tied, f"{source}: config.json asks for no tie_word_embeddings: not built")
+    else:
+        heads, rope = fields["num_attention_heads"], fields.get("rope_parameters", {})
         fields = dict(num_key_value_heads=heads, head_dim=fields["hidden_size"] // heads,
-                      rms_norm_eps=1e-6, rope_theta=theta) | fields
-    if family.startswith("qwen") and not fields.get("use_sliding_window"):
-        used |= {"sliding_window", "max_window_layers"}
-    if {*fields.get("layer_types", [])} == {"full_attention"}:
-        used.add("layer_types")
-    for name in sorted(fields.keys() - used):
+                      rms_norm_eps=1e-6, rope_theta=rope.get("rope_theta", 1e4)) | fields
+        words, fixed = LLAMA_FIELDS, dict(
+            FIXED, layer_types=["full_attention"] * fields["num_hidden_layers"],
+            rope_parameters=dict(rope_type="default", rope_theta=fields["rope_theta"]))
+    for name in sorted(fields.keys() - SILENT - {*words.values()}):
         fine = fields[name] == fixed[name] if name in fixed else not fields[name]
-        require(fine, f"{says} {name} {fields[name]}, which is not built")
+        require(fine, f"{source}: config.json asks for {name} {fields[name]}: not built")
     sizes = {ours: fields[name] for ours, name in words.items()}
-    for ours, size in sizes.items():
-        kind = (int, float) if ours in ("theta", "eps") else (int,)
-        require(type(size) in kind and 0 < size < 1e12, f"{says} {words[ours]} {size}, "
-                "where a number above 0 is needed")
     sizes["context"] = min(context, sizes["context"])
-    whole = [sizes["width"] / sizes["heads"]]
-    if family != "gpt2":
-        whole = [heads / sizes["kv_heads"], sizes["head_size"] / 2]
-    require(all(part == int(part) for part in whole), f"{says} heads that do not fit")
     return GPTConfig(**sizes) if family == "gpt2" else LlamaConfig(
-        **sizes, bias=family == "qwen2", head_norm=family == "qwen3", tied=bool(tied))
+        **sizes, bias=family == "qwen2", head_norm=family == "qwen3", tied=tied)
 
 
 def write_config(config, scores):
     """The reverse, for a policy or a model that scores -> the fields of a config.json."""
     if isinstance(config, GPTConfig):
-        family, head, words = "GPT2", "LMHeadModel", GPT2_FIELDS
-        fields = dict(activation_function="gelu_new", layer_norm_epsilon=1e-5)
+        family, head, words, fields = "GPT2", "LMHeadModel", GPT2_FIELDS, {}
     else:
         family = "Qwen2" if config.bias else "Qwen3" if config.head_norm else "Llama"
         head, words = "ForCausalLM", LLAMA_FIELDS
-        rope = dict(rope_type="default", rope_theta=config.theta)
-        fields = dict(hidden_act="silu", rope_parameters=rope,
-                      tie_word_embeddings=config.tied)
+        fields = dict(tie_word_embeddings=config.tied, rope_parameters=dict(
+            rope_type="default", rope_theta=config.theta))
     if scores:
-        head = "ForSequenceClassification"
-        fields.update(id2label={"0": "score"}, label2id={"score": 0})
+        head, fields["id2label"] = "ForSequenceClassification", {"0": "score"}
     fields.update(model_type=family.lower(), architectures=[family + head], dtype="float32")
     return fields | {theirs: getattr(config, ours) for ours, theirs in words.items()}
 
@@ -151,18 +131,14 @@ def fill(model, tensors, words, source):
         tensors = {f"transformer.{name}": weight for name, weight in tensors.items()}
     tensors.setdefault("score.bias", torch.zeros(1))  # others' scores have none
     for ours, parameter in model.state_dict().items():
-        parts, names = [], their_names(ours, words)
+        names = their_names(ours, words)
         for name in names:
             require(name in tensors, f"{source} lacks the tensor {name}")
-            part = turned(name, tensors.pop(name))
-            require(part.is_floating_point(), f"{source}: the tensor {name} is of the type "
-                    f"{part.dtype}, which is not built")
-            cut = len(parameter) if ours.endswith("positions.weight") else None
-            parts.append(part[:cut])
-        with refusing(f"{source}: {' '.join(names)} and config.json do not fit"):
-            whole = torch.cat(parts)
-            require(whole.shape == parameter.shape, f"{source}: {' '.join(names)} of the "
-                    f"shape {[*whole.shape]} where config.json says {[*parameter.shape]}")
+        whole = torch.cat([turned(name, tensors.pop(name)) for name in names])
+        if ours.endswith("positions.weight"):
+            whole = whole[:len(parameter)]
+        require(whole.shape == parameter.shape, f"{source}: {' '.join(names)} of the shape "
+                f"{[*whole.shape]} where config.json says {[*parameter.shape]}")
         parameter.copy_(whole)
     known = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq",  # masks, angles
              "lm_head.weight", "score.bias")  # of a tied head, of a policy
