@@ -95,7 +95,10 @@ def load_reward(config, reward, policy, device):
         reward, unit = reward or own_reward, "prompt"
         rows = prompts("train", at_least=at_least)
     elif reward is None and config.reward == "learned":
-        reward = learned(load_model(config.reward_model, device, ScalarGPT))
+        model = load_model(config.reward_model, device, ScalarGPT)
+        require(model.tokenizer.to_dict() == policy.tokenizer.to_dict(),
+                f"{config.reward_model} has another tokenizer than the policy")
+        reward = learned(model)
         files.append(config.reward_model)
     elif reward is None:
         reward = RULES[config.reward]

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from grpo_min import evaluate as evaluation
-from grpo_min import sample
+from grpo_min import grpo, sample
 from grpo_min.evaluate import evaluate, held_out, interval, pass_at_k, show
 from grpo_min.model import ScalarGPT
-from grpo_min.rewards import correct, final_answer, learned, score, weighted_sum, well_formed
+from grpo_min.rewards import correct, final_answer, learned, load_reward, score, weighted_sum, well_formed
 from grpo_min.rollout import Prompts, Rollout, pad_completions
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import UserError
@@ -203,6 +203,19 @@ def test_learned_reward_reads_with_the_tokenizer_of_its_model():
     scores = learned(model)(ASKED, SAID, finished=finished)
     assert scores == pytest.approx([by_hand(model, *row) for row in zip(ASKED, SAID, finished)], abs=1e-4)
     assert np.std(scores) > 0.1
+
+
+def test_a_run_refuses_a_reward_model_of_another_tokenizer_and_takes_one_of_a_shorter_context(tmp_path):
+    for name, changes in ("other.pt", dict(tokenizer=tiny.other_tokenizer())), ("short.pt", dict(context=32)):
+        path = tiny.checkpoint(tmp_path / name, ScalarGPT, **changes)
+        config = tiny.settings(grpo, tmp_path, reward="learned", reward_model=path, run=str(tmp_path / "run"))
+        if name == "other.pt":
+            with pytest.raises(UserError, match="other.pt has another tokenizer than the policy") as error:
+                grpo.train(config)
+            assert "\n" not in str(error.value)
+        else:
+            assert load_reward(config, None, tiny.gpt(), "cpu")[2] == [config.prompts, path]
+    assert not (tmp_path / "run").exists()
 
 
 def test_learned_reward_alone_as_in_a_batch(reward_model):

@@ -343,15 +343,15 @@ def test_a_text_in_another_script_goes_all_the_way(script, tmp_path, capsys, no_
     assert {json.loads(row)["prompt"] for row in rows} <= {prompt for prompt, _ in pairs} and len(rows) == 8
 
 
-def test_the_critic_must_read_what_the_policy_reads(tmp_path):
-    """A reward model with another tokenizer can judge texts, but a critic reads the policy's tokens."""
+def test_critic_and_reward_model_must_read_what_the_policy_reads(tmp_path):
     for name, kind in ("reward", ScalarGPT), ("other", Critic):
         other = kind(GPTConfig(262, 64, 1, 2, 16), bpe.train("", 262))
         (tmp_path / f"{name}.pt").write_bytes(serialise(step=0, **weights(other)))
     config = tiny.settings(ppo, tmp_path, steps=1, reward="learned", reward_model=str(tmp_path / "reward.pt"))
     config.prompts = tiny.prompts(tmp_path / "prompts.jsonl")
-    ppo.train(config)
-    config.critic = str(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="reward.pt.*tokenizer"):
+        ppo.train(config)
+    config.critic, config.reward_model = str(tmp_path / "other.pt"), tiny.reward_checkpoint(tmp_path / "ours.pt")
     with pytest.raises(UserError, match="other.pt.*tokenizer"):
         ppo.train(config)
 
