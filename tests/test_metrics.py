@@ -4,6 +4,8 @@ Tokens count where the mask is True and nowhere else; groups are those of one pr
 taken, and of the gap between sampler and trainer the largest.
 """
 import math
+import subprocess
+import sys
 import types
 
 import pytest
@@ -73,10 +75,25 @@ def test_clock_adds_up_the_laps_of_each_phase(monkeypatch):
 
 
 @pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 2**20)])
-def test_memory_is_in_megabytes(platform, unit, monkeypatch):
+def test_memory_is_in_megabytes(platform, unit, monkeypatch, tmp_path):
+    monkeypatch.setattr(metrics, "STATUS", tmp_path / "none")
     monkeypatch.setattr(metrics.sys, "platform", platform)
     monkeypatch.setattr(metrics.resource, "getrusage", lambda who: types.SimpleNamespace(ru_maxrss=200 * unit))
     assert metrics.peak_memory_mb(torch.device("cpu")) == 200
+
+
+@pytest.mark.skipif(not metrics.STATUS.exists(), reason="Linux alone says so")
+def test_memory_of_a_process_is_not_that_of_who_started_it():
+    script = """import subprocess, sys, torch
+from grpo_min.run.metrics import peak_memory_mb
+if len(sys.argv) > 1:
+    held = torch.ones(2**28)
+    subprocess.run([sys.executable, "-c", sys.stdin.read()], check=True)
+print(peak_memory_mb(torch.device("cpu")))"""
+    done = subprocess.run([sys.executable, "-c", script, "large"], input=script, capture_output=True, text=True,
+                          check=True)
+    small, large = map(float, done.stdout.split())
+    assert large > 1024 > small
 
 
 def test_shown_samples_are_those_of_the_first_prompts(rollout):

@@ -1,6 +1,8 @@
 """What a step of GRPO or PPO is measured by (see tutorials/HOWTO.md), and warnings."""
+import re
 import sys
 import time
+from pathlib import Path
 
 try:
     import resource
@@ -13,6 +15,9 @@ import torch
 from grpo_min.rewards import correct
 from grpo_min.run.data import columns
 from grpo_min.run.ranks import RANKS, mean_of_rows
+
+
+STATUS = Path("/proc/self/status")  # on Linux
 
 
 class Clock:
@@ -35,6 +40,10 @@ def peak_memory_mb(device, of_children=False):
         return torch.cuda.max_memory_allocated() / 2**20
     if resource is None:
         return ""
+    status = STATUS.read_text(encoding="utf-8") if STATUS.exists() else ""
+    own = re.search(r"VmHWM:\s+(\d+) kB", status)
+    if own and not of_children:  # ru_maxrss begins with the peak of who started the process
+        return int(own[1]) / 2**10
     who = resource.RUSAGE_CHILDREN if of_children else resource.RUSAGE_SELF
     peak = resource.getrusage(who).ru_maxrss
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10      # bytes on macOS
