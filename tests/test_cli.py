@@ -125,7 +125,7 @@ def works(command, folder, *words, **options):
 
 def test_the_commands_are_all_found():
     core = "tokenizer pretrain sft reward_model critic grpo ppo variants evaluate sample".split()
-    lab = "compare studies page benchmark label publish".split()
+    lab = "compare studies page benchmark benchmark_real label publish".split()
     assert set(COMMANDS) == {"grpo_min", *(f"grpo_min.{name}" for name in core),
                              *(f"grpo_min.lab.{name}" for name in lab), "grpo_min.real.load", "grpo_min.real.export"}
 

@@ -52,32 +52,53 @@ def generate_steps(config, work):
 def trl_steps(config, work):
     """A function that lets TRL's GRPO take some steps of this work -> rows {seconds_update: the whole step}.
 
-    One generation batch, one forward and backward a step, no gradient checkpointing: TRL's fastest settings on a CPU.
+    One generation batch, one forward and backward a step: TRL's fastest settings on a CPU.
     """
-    try:
-        from datasets import Dataset
+    with installed():
         from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast, TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-    except ImportError as error:
-        require(False, f"--against trl: {error}; pip install trl transformers datasets accelerate")
-    times = []
+        from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
+        import trl  # noqa: F401
     words = {f"w{i}": i for i in range(tokenizer.own().vocab_size)}
     word_level = Tokenizer(models.WordLevel(words, unk_token="w0"))
     word_level.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    word_level = PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token="w1", pad_token="w0", unk_token="w0")
     folder = Path(config.out) / f"trl-{work['width']}"
     gpt2(work).save_pretrained(folder)
     model = GPT2LMHeadModel.from_pretrained(folder)                          # TRL reads its reference from there, too
     prompts = []
     for ids in random_ids(work["prompt_length"], 1000):
         prompts.append(" ".join(f"w{i}" for i in ids))
+    take_steps = trainer_steps(
+        model, word_level, prompts, lambda completions, **columns: [float(len(text) % 7) for text in completions],
+        pick_device(config.device), folder, per_device_train_batch_size=work["prompts"] * work["group_size"],
+        gradient_accumulation_steps=1, num_generations=work["group_size"], max_completion_length=work["new"], beta=0.01,
+        learning_rate=3e-4, max_steps=config.steps, generation_kwargs=dict(suppress_tokens=[1]))
+    return lambda: [dict(seconds_update=seconds) for seconds in take_steps()]
+
+
+@contextlib.contextmanager
+def installed():
+    """Around imports of what is not required: a UserError of one line."""
+    try:
+        yield
+    except ImportError as error:
+        require(False, f"--against trl: {error}; pip install trl transformers datasets accelerate")
+
+
+def trainer_steps(model, processing, prompts, reward, device, folder, **settings):
+    """A function that lets TRL's GRPO take some steps -> seconds of each but the first. settings: of its GRPOConfig.
+
+    Neither gradient checkpointing nor bfloat16, which are its defaults and slow on a CPU.
+    """
+    with installed():
+        from datasets import Dataset
+        from transformers import TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+    times = []
     settings = GRPOConfig(
-        output_dir=str(folder), use_cpu=pick_device(config.device).type == "cpu", bf16=False, fp16=False, seed=1,
-        per_device_train_batch_size=work["prompts"] * work["group_size"], gradient_accumulation_steps=1,
-        num_generations=work["group_size"], max_completion_length=work["new"], temperature=1.0, beta=0.01,
-        learning_rate=3e-4, max_steps=config.steps, lr_scheduler_type="constant", gradient_checkpointing=False,
-        logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
-        generation_kwargs=dict(suppress_tokens=[1]))
+        output_dir=str(folder), use_cpu=device.type == "cpu", bf16=False, fp16=False, seed=1, temperature=1.0,
+        lr_scheduler_type="constant", gradient_checkpointing=False, logging_strategy="no", save_strategy="no",
+        report_to="none", disable_tqdm=True, **settings)
 
     class Times(TrainerCallback):
         def on_step_begin(self, *arguments, **keywords):
@@ -86,19 +107,14 @@ def trl_steps(config, work):
         def on_step_end(self, *arguments, **keywords):
             self.end = time.perf_counter()
             times.append(self.end - self.start)
-
-    def reward(prompts, completions, **columns):
-        return [float(len(completion) % 7) for completion in completions]
-    trainer = GRPOTrainer(
-        model=model, reward_funcs=reward, args=settings, train_dataset=Dataset.from_dict(dict(prompt=prompts)),
-        processing_class=PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token="w1", pad_token="w0",
-                                                 unk_token="w0"), callbacks=[Times()])
+    trainer = GRPOTrainer(model=model, reward_funcs=reward, args=settings, processing_class=processing,
+                          train_dataset=Dataset.from_dict(dict(prompt=prompts)), callbacks=[Times()])
 
     def steps():
         times.clear()
         with contextlib.redirect_stdout(io.StringIO()):
             trainer.train()
-        return [dict(seconds_update=seconds) for seconds in times[1:]]
+        return times[1:]
     return steps
 
 

@@ -45,13 +45,14 @@ COLUMNS = {     # reward: [(heading, set, figure, form)]
 
 def state_bytes(policy, config):
     """Bytes of what training holds beside activations: weights, gradients and Adam's two moments of what is trained,
-    and the reference's weights."""
+    and the reference's weights. Of frozen weights (real/lora.py) reference and critic have no copy."""
     weights = sum(p.numel() * p.element_size() for p in policy.parameters())
-    trained = weights
-    state = {"policy": weights, "reference": weights if config.beta > 0 else 0}
+    sizes = {name: p.numel() * p.element_size() for name, p in policy.named_parameters() if p.requires_grad}
+    trained = sum(sizes.values())
+    state = {"policy": weights, "reference": trained if config.beta > 0 else 0}
     if isinstance(config, PPOConfig):
-        width = policy.config.width
-        state["critic"] = weights + (width + 1) * (width + 1) * 4          # the trunk, and what makes values of states
+        heads = (policy.config.width + 1) * (policy.config.width + 1) * 4        # what makes values of states
+        state["critic"] = trained - sizes.get("unembed.weight", 0) + heads
         trained += state["critic"]
     return {**state, "gradients": trained, "Adam's moments": 2 * trained}
 
