@@ -309,8 +309,8 @@ def main(argv=None):
     where = [f"{torch.get_num_threads()} threads; {machine(device)}", *([versions()] if config.against else [])]
     text = tables(records, memory) + "\n" + (
         f"{model}: {work['prompts']} prompts x {work['group_size']} completions x {work['new']} tokens; steps without "
-        "KL penalty, in 2 microbatches. Median (lowest to highest). Memory: of a process with the shortest prompts, with "
-        f"torch and all it imports; 1 MB is 2^20 bytes. {', '.join([*where, str(date.today())])}.\n")
+        "KL penalty, in 2 microbatches. Median (lowest to highest). Memory: of a process with the shortest prompts, "
+        f"with torch and all it imports; 1 MB is 2^20 bytes. {', '.join([*where, str(date.today())])}.\n")
     save_file(out / "benchmark_real.md", text.encode())
     plot(records, out / "benchmark_real.png")
     print(text)
