@@ -109,7 +109,7 @@ class GPT(nn.Module):
     def with_head(self, kind):
         """A copy as a ScalarGPT or Critic, whose numbers are 0: to be trained."""
         model = kind(self.config, self.tokenizer).to(self.tokens.weight.device)
-        model.trunk = twin(self)
+        model.trunk = copied(self)
         return model
 
     def head(self, states):
@@ -204,7 +204,7 @@ class ScalarGPT(nn.Module):
         return scores.gather(1, mask.sum(1, keepdim=True)).squeeze(1)
 
 
-def twin(model):
+def copied(model):
     """A copy, whose weights that are not trained (real/lora.py) are the same tensors."""
     shared = {id(each): each for each in model.parameters() if not each.requires_grad}
     return copy.deepcopy(model, shared)

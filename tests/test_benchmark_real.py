@@ -19,6 +19,7 @@ from grpo_min.lab import benchmark_real, report
 from grpo_min.lab.benchmark_real import QUICK, RealBenchmarkConfig, policy_of, sampling_products, steps_of, texts_of
 from grpo_min.real.lora import adapt
 from grpo_min.rollout import Prompts, sample
+from grpo_min.run.checkpoint import frozen_copy
 from grpo_min.run.config import UserError
 from tests import tiny
 
@@ -111,7 +112,7 @@ def size(models):
 def test_bytes_are_those_of_the_tensors(name, beta, lora):
     policy = policies()[name]
     policy = adapt(policy, lora, "base.pt") if lora else policy
-    reference = [policy.twin()] if beta else []
+    reference = [frozen_copy(policy)] if beta else []
     critic = policy.with_head(Critic)
     state = report.state_bytes(policy, ppo.PPOConfig(beta=beta))
     models = state["policy"] + state["reference"] + state["critic"]

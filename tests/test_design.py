@@ -32,7 +32,7 @@ def room(name):
 
 # --- sizes --------------------------------------------------------------------------------------------------------
 
-LIMITS = {"core": 2640, "run": 1300, "lab": 3680, "real": 800}      # lines; all files are counted
+LIMITS = {"core": 2640, "run": 1310, "lab": 4210, "real": 800}      # lines; all files are counted
 WIDTHS = {"core": 92, "run": 92, "lab": 120, "real": 92}
 
 
@@ -80,8 +80,8 @@ def test_importing_grpo_pulls_in_little():
     names = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT).stdout.split()
     names = {name.removeprefix("grpo_min.") for name in names} - {"run"}
     total = sum(len(lines(MODULES[name])) for name in names)
-    print(f"\nimport grpo_min.grpo: {len(names)} files, {total} lines of 1710")
-    assert len(names) > 10 and total <= 1710
+    print(f"\nimport grpo_min.grpo: {len(names)} files, {total} lines of 1720")
+    assert len(names) > 10 and total <= 1720
     assert not names & {"gold", "evaluate", "ppo", "run.fast"} and not any(name.startswith("lab") for name in names)
 
 

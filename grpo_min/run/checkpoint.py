@@ -4,7 +4,7 @@ import io
 
 import torch
 
-from grpo_min.model import GPT, GPTConfig, twin
+from grpo_min.model import GPT, GPTConfig, copied
 from grpo_min.run.config import UserError, require
 from grpo_min.run.files import one_line
 from grpo_min.tokenizer import Tokenizer
@@ -86,7 +86,7 @@ def load_model(path, device="cpu", kind=GPT, like=None, lora=0):
 
 def frozen_copy(model):
     """A model as it is now, for a reference: it is not trained."""
-    return twin(model).requires_grad_(False)
+    return copied(model).requires_grad_(False)
 
 
 def load_weights(model, state, path):
