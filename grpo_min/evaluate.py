@@ -24,7 +24,6 @@ from grpo_min.run.rng import generator
 from grpo_min.task import load_task
 
 FIELDS = {"arithmetic": ["prompt", "answer"], "animals": ["prompt", "animal", "attribute"]}
-
 SPLITS = ["val", "test", "longer"]
 
 

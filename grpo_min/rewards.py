@@ -101,8 +101,7 @@ def load_reward(config, reward, policy, device):
         reward = learned(model)
         files.append(config.reward_model)
     elif reward is None:
-        reward = RULES[config.reward]
-        fields.append("answer")
+        reward, fields = RULES[config.reward], ["prompt", "answer"]
     if not config.task:
         rows = read_jsonl(path, fields, at_least)
     taken = ", ".join({"prompts", "completions", "finished"} & rows[0].keys())

@@ -62,6 +62,12 @@ def test_links_lead_somewhere(path):
             assert anchor in headings((path.parent / target).read_text(encoding="utf-8")), f"{target}#{anchor}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_badge_opens_each_notebook_on_colab(path):
+    text = nbformat.read(path, as_version=4).cells[1].source
+    assert f"(https://colab.research.google.com/github/grpo-min/grpo_min/blob/main/tutorials/{path.name})" in text
+
+
 def test_committed_notebooks_are_small():
     assert sum(path.stat().st_size for path in NOTEBOOKS) < 10 * 2**20
 
