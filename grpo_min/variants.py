@@ -9,7 +9,7 @@ of the papers named; what is so "here" is ours. Shapes as in grpo.py.
 An aggregation says by what the sum over a completion's tokens is divided before the mean
 over completions, in the surrogate and in the KL penalty alike, as in DeepSeekMath's eq. 3
 (with the default, `sum`, the KL is that of a whole completion). With minibatches `token`
-counts the tokens of the minibatch, and under torchrun each rank has a batch of its own.
+counts the tokens of the minibatch, and under torchrun those of each rank's own batch.
 """
 from dataclasses import dataclass, replace
 
@@ -88,9 +88,8 @@ def make_loss(config, clipped=None):
             log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)
         ratio = log_ratio.detach().exp()  # (B, N)
         if clipped is not None:
-            shares = [(outside & mask).sum().item() / max(mask.sum().item(), 1)
-                      for outside in (ratio < 1 - low, ratio > 1 + high)]
-            clipped.append(shares)
+            clipped.append([(outside & mask).sum().item() / max(mask.sum().item(), 1)
+                            for outside in (ratio < 1 - low, ratio > 1 + high)])
         if config.ratio == "cispo":
             surrogate = ratio.clamp(1 - low, 1 + high) * advantages * logprobs  # (B, N)
             return -((surrogate - penalty) * mask).sum(dim=1).mean()
@@ -215,6 +214,8 @@ def train(config, collect=None, advantage=None, loss=None, evaluate=None, **part
     require(not config.scale_advantages or config.advantage == "mean",
             f"--scale-advantages does not go with --advantage {config.advantage}: add "
             "--no-scale-advantages")
+    require(config.microbatches == 1 or config.aggregation != "token",
+            "--aggregation token divides by the whole batch's tokens: --microbatches 1")
     clipped, dropped = [], []
 
     def further_metrics(policy, step):

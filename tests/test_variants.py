@@ -441,6 +441,21 @@ def test_a_recipe_that_nothing_would_heed_is_refused():
         variants.train(variants.VariantConfig(run="", recipe="dapo"))
 
 
+@pytest.mark.parametrize("aggregation", variants.AGGREGATIONS)
+def test_microbatches_change_no_gradient_or_are_refused(aggregation, tmp_path, double):
+    """A divisor of the whole batch cannot be had from a part of it: the mean of parts' means would be another gradient."""
+    config = VariantConfig(**vars(settings(grpo, tmp_path, steps=1)), aggregation=aggregation)
+    norms = []
+    for parts in 1, 2, 4:
+        config = dataclasses.replace(config, microbatches=parts)
+        if aggregation == "token" and parts > 1:
+            with pytest.raises(UserError, match="--aggregation token divides by the whole batch's tokens"):
+                variants.train(config, reward=tiny.letter_e)
+        else:
+            norms.append(variants.train(config, reward=tiny.letter_e)[1][0]["grad_norm"])
+    assert norms == pytest.approx([norms[0]] * len(norms), rel=1e-9) and norms[0] > 0
+
+
 def test_a_recipe_for_one_command_line_leaves_the_next_alone(parsed):
     parsed("--recipe gspo")
     assert parsed("") == DEFAULTS and parse(VariantConfig, []) == VariantConfig()
