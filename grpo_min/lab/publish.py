@@ -37,7 +37,7 @@ class PublishConfig:
     """Copy the results of the main job to tutorials/results and data/checkpoints, and put the tables into the pages."""
     run: str = option("runs/main", "folder of the main job")
     again: str = option("runs/again", "folder of the main job once more: its seconds and what it reached, where it is")
-    benchmark: str = option("runs/benchmark", "folder of the benchmark")
+    benchmark: str = option("runs/benchmark", "folder of the benchmark; with _real behind it, of that of a real model")
 
 
 def publish(config):
@@ -52,7 +52,8 @@ def publish(config):
             save_file(DATA / "checkpoints" / f"{name}.pt", serialise(**weights(model)))
     save_file(DATA / "checkpoints" / "scores.json", json.dumps(scores(), indent=1).encode())
     paths = [*(run / name for name in TABLES), *sorted((run / "compare").glob("comparison-*")),
-             *sorted(Path(config.benchmark).glob("benchmark.*")), Path(config.again) / "pipeline.md"]
+             *sorted(Path(config.benchmark).glob("benchmark.*")),
+             *sorted(Path(f"{config.benchmark}_real").glob("benchmark_real.*")), Path(config.again) / "pipeline.md"]
     for path in paths:
         if path.exists():
             save_file(RESULTS / path.name, path.read_bytes())
