@@ -815,6 +815,54 @@ def most_stay_unsolved():
     return ()
 
 
+def real(column, algorithm, setting="main"):
+    """The figures of each seed of a setting of the study of a real model."""
+    return [row[column] for row in result("real") if (row["algorithm"], row["setting"]) == (algorithm, setting)]
+
+
+@under("real", "GRPO goes from {} right to {} in {} minutes, on words that it has never been asked for.")
+def learned_within_minutes():
+    before, after, minutes = real("test_right", "before"), real("test_right", "GRPO"), real("minutes", "GRPO")
+    assert before[0] < 0.1 and min(after) > 0.85 and max(minutes) < 15 and len(after) == 3
+    return percent(before[0]), range_of(after), f"{np.mean(minutes):.1f}"
+
+
+@under("real", "That costs {} nats per answer, and variety: of four answers to a prompt {} differ, where all four did, "
+       "and {} of all answers follow one pattern.")
+def what_it_costs():
+    different, commonest = real("test_different", "GRPO"), real("test_commonest", "GRPO")
+    assert real("test_different", "before") == [4] and max(different) < 3 and min(commonest) > 0.25
+    return (f"{np.mean(real('test_kl', 'GRPO')):.0f}", f"{np.mean(different):.1f}", f"{np.mean(commonest):.0%}")
+
+
+@under("real", "The rule has a hole, and it is found: with the first seed that pattern is `A _ and a _.`, which has no "
+       "verb.")
+def without_a_verb():
+    patterns = [row["pattern"] for row in result("real-answers") if row["algorithm"] == "GRPO"]
+    assert max(patterns, key=patterns.count) == "A _ and a _." and patterns.count("A _ and a _.") >= 5
+    return ()
+
+
+@under("real", "With one seed each: a third of the learning rate gets {} right and keeps {} patterns, "
+       "where the main run keeps {}; `beta 0.05` gets {} right and keeps {}.")
+def other_settings_of_a_real_model():
+    right = {name: real("right", "GRPO", name)[0] for name in ("lr 1e-5", "beta 0.05")}
+    patterns = {name: real("patterns", "GRPO", name)[0] for name in ("main", "lr 1e-5", "beta 0.05")}
+    assert max(right.values()) < min(real("right", "GRPO")) and min(patterns["lr 1e-5"], patterns["beta 0.05"]) > 4 * (
+        patterns["main"])
+    return (percent(right["lr 1e-5"]), f"{patterns['lr 1e-5']:.0f}", f"{patterns['main']:.0f}",
+            percent(right["beta 0.05"]), f"{patterns['beta 0.05']:.0f}")
+
+
+@under("real", "Adapters (`lora 8, lr 3e-4`) end where all weights end, {} right, and the process needs {} GB at its "
+       "peak in place of {}.")
+def adapters_are_enough():
+    right, = real("right", "GRPO", "lora 8, lr 3e-4")
+    peak, = real("gigabytes", "GRPO", "lora 8, lr 3e-4")
+    assert right > min(real("right", "GRPO")) - 0.02 and peak < min(real("gigabytes", "GRPO"))
+    return percent(right), f"{peak:.1f}", f"{np.mean(real('gigabytes', 'GRPO')):.1f}"
+
+
 @under("minutes", "All together take {} minutes, and `overoptimisation` and `noise` take {} of them.")
 def minutes_of_studies():
     minutes = {name.strip("*"): float(cell) for name, cell in table("minutes")[2:]}
@@ -1087,6 +1135,14 @@ def test_what_the_readme_says_of_time():
     assert f"| [{alone} s; {busy} s beside a busy process](" in text
     assert f"from {again[2][1]} right to [{again[3][1]}](" in text and (again[2][0], again[3][0]) == ("SFT", "GRPO")
     assert f"| [{tuned('seconds')['arithmetic', 'GRPO', 'defaults']:.0f} s](" in text
+
+
+def test_what_the_readme_says_of_a_real_model():
+    text, (before,) = " ".join(read(ROOT / "README.md").split()), real("test_right", "before")
+    minutes, after = np.mean(real("minutes", "GRPO")), np.mean(real("test_right", "GRPO"))
+    assert f"SmolLM2 gets {before:.1%} right, and after [{minutes:.1f} minutes of GRPO]" in text
+    said = [row["answer"] for row in result("real-answers") if row["algorithm"] == "GRPO"]
+    assert f"on two cores {after:.1%}: `{said[0]}`" in text
 
 
 def test_within_twenty_steps_nearly_every_answer_thinks():

@@ -33,13 +33,13 @@ TASK = Path(__file__).parents[3] / "tutorials" / "tasks" / "two_words.py"
 STEPS, Q, G, N, CONTEXT, PROMPTS = 20, 8, 8, 24, 128, 100
 SHARED = dict(task=str(TASK), prompts_per_step=Q, group_size=G, max_new_tokens=N, microbatches=2, lr=3e-5, beta=0.0)
 LOOPS = {"GRPO": (grpo.train, grpo.GRPOConfig, {}),
-         "PPO": (ppo.train, ppo.PPOConfig, dict(critic="sft", critic_lr=3e-5, critic_minibatches=2))}
+         "PPO": (ppo.train, ppo.PPOConfig, dict(critic="sft", critic_lr=3e-6, critic_minibatches=2))}
 BEFORE, MAIN = "before", "main"
 OTHERS = {          # changes of the main settings, with one seed each
     "GRPO": {"lr 1e-5": dict(lr=1e-5), "lr 1e-4": dict(lr=1e-4), "beta 0.01": dict(beta=0.01),
              "beta 0.05": dict(beta=0.05), "lora 8, lr 3e-4": dict(lora=8, lr=3e-4)},
-    "PPO": {"lr 1e-5": dict(lr=1e-5), "lr 1e-4": dict(lr=1e-4), "critic_lr 1e-4": dict(critic_lr=1e-4),
-            "lam 1": dict(lam=1.0)},
+    "PPO": {"lr 1e-5, critic_lr 3e-5": dict(lr=1e-5, critic_lr=3e-5), "critic_lr 3e-5": dict(critic_lr=3e-5),
+            "lr 1e-4, critic_lr 3e-5": dict(lr=1e-4, critic_lr=3e-5), "lam 1": dict(lam=1.0)},
 }
 CURVES = ["step", "completions", "reward", "length", "entropy", "kl", "grad_norm", "explained_variance",
           "explainable_variance", *(f"seconds_{phase}" for phase in PHASES)]
