@@ -911,6 +911,58 @@ def products():
     return f"{share['update']:.0%}", f"{share['sample']:.0%}"
 
 
+def real_benchmark():
+    """{(name, tokens of a prompt): record}, and the records of memory {(name, changed settings): record}."""
+    found = json.loads(read(RESULTS / "benchmark_real.json"))
+    usual = dict(beta=0.0, microbatches=2, lora=0)
+    memory = {}
+    for record in found["memory"]:
+        changes = [f"{name} {value}" for name, value in record["settings"].items() if value != usual[name]]
+        memory[record["name"], *changes] = record
+    return {(record["name"], record["length"]): record for record in found["records"]}, memory
+
+
+@under("benchmark_real", "The matrix products alone would take {} of the sampling's time.")
+def products_of_a_real_model():
+    records, _ = real_benchmark()
+    shortest = min(length for name, length in records if name == "GRPO")
+    assert records["GRPO", shortest]["share"] >= 0.6
+    return [f"{records['GRPO', shortest]['share']:.0%}"]
+
+
+@under("benchmark_real", "A step of TRL's GRPO takes {} times as long as ours where prompts have {} tokens, and {} "
+       "times where they have {}.")
+def trl_on_a_real_model():
+    records, _ = real_benchmark()
+    ratios = {}
+    for (name, length), record in records.items():
+        if name.startswith("TRL"):
+            ratio = record["step"][0] / records["GRPO", length]["step"][0]
+            ratios[length] = min(ratio, ratios.get(length, ratio))
+    first, last = min(ratios), max(ratios)
+    assert ratios[first] >= 2.5 and list(ratios.values()) == sorted(ratios.values()) and len(ratios) == 4
+    return f"{ratios[first]:.1f}", first, f"{ratios[last]:.1f}", last
+
+
+@under("benchmark_real", "An update in eight parts in place of one needs {} MB at the peak in place of {}.")
+def memory_of_microbatches():
+    _, memory = real_benchmark()
+    parts = ["microbatches 1"], [], ["microbatches 4"], ["microbatches 8"]
+    peaks = [memory["GRPO", *changes]["peak"] for changes in parts]
+    assert peaks == sorted(peaks, reverse=True)
+    return f"{peaks[-1]:.0f}", f"{peaks[0]:.0f}"
+
+
+@under("benchmark_real", "Beside activations PPO holds {} MB and GRPO {}; with adapters of rank eight these are {} and "
+       "{}, and a reference takes {} MB more, where it takes {} with all weights.")
+def memory_of_adapters():
+    _, memory = real_benchmark()
+    held = {key: sum(record["state"].values()) for key, record in memory.items()}
+    more = [held["GRPO", "beta 0.01", *lora] - held["GRPO", *lora] for lora in (["lora 8"], [])]
+    return [f"{number:.0f}" for number in (held["PPO",], held["GRPO",], held["PPO", "lora 8"], held["GRPO", "lora 8"],
+                                           *more)]
+
+
 @under("threads", "A process that uses one core for some seconds of pretraining makes the main job take {} times as "
        "long, one that always does {} times, and one core alone {} times.")
 def sharing():
