@@ -4,7 +4,8 @@
     python -m grpo_min.variants --ratio sequence  # one part
 
 Everything here wraps grpo.train and stands in for one of its functions. Formulas are those
-of the papers named; what is so "here" is ours. Shapes as in grpo.py.
+of the papers named; what is so "here" is ours. Shapes as in grpo.py. "TRL:" names what in
+TRL 1.16 has the same gradients (tests/test_trl.py), if use_bias_correction_kl is False.
 
 An aggregation says by what the sum over a completion's tokens is divided before the mean
 over completions, in the surrogate and in the KL penalty alike, as in DeepSeekMath's eq. 3
@@ -39,8 +40,8 @@ def leave_one_out(rewards, group_size, scale=False):
 def batch_advantages(rewards, group_size, scale=False):
     """(R - mean of the batch) / its standard deviation (REINFORCE++, 2501.03262).
 
-    Here 1e-4 is added to the divisor. With the KL in the reward the paper charges a token
-    for the KL from there on; here all of a completion's tokens are charged for all of it.
+    Here 1e-4 is added to the divisor, and a KL in the reward charges every token for all of
+    it, in the paper for what is to come. TRL's scale_rewards batch takes off group means.
     """
     return group_advantages(rewards, len(rewards), scale=True)
 
@@ -50,6 +51,7 @@ def no_baseline(rewards, group_size, scale=False):
     return rewards
 
 
+# TRL: mean is scale_rewards none, if scaled group. RLOOTrainer: leave_one_out.
 ADVANTAGES = dict(mean=group_advantages, leave_one_out=leave_one_out,
                   batch=batch_advantages, none=no_baseline)
 
@@ -63,6 +65,7 @@ def sequence_log_ratio(logprobs, old_logprobs, mask):
 
 
 AGGREGATIONS = {  # (mask (B, N), longest completion) -> the divisor of a completion's sum
+    # TRL: loss_type luspo, grpo, bnpo (and dapo, where the batch is read at once), dr_grpo.
     "sum": lambda mask, longest: 1,
     "sequence": lambda mask, longest: mask.sum(1, keepdim=True).clamp(min=1),  # 2402.03300
     "token": lambda mask, longest: mask.sum().clamp(min=1) / len(mask),  # 2503.14476, eq. 8
@@ -75,8 +78,9 @@ def make_loss(config, clipped=None):
 
     ratio `sequence` is GSPO's (2507.18071, eq. 5 to 7): one ratio for a completion, the
     geometric mean of its tokens'. `cispo` (2506.13585, eq. 4 and 5) weighs log pi with the
-    clipped ratio, without its gradient, so that no token is left out. The bounds are those
-    of config. clipped: a list that is given the shares of tokens below and above them.
+    clipped ratio, without its gradient, so that no token is left out. TRL: token, sequence
+    as importance_sampling_level; loss_type cispo, with epsilon_high 1 more and clip_eps 1.
+    clipped: a list that is given the shares of tokens below and above config's bounds.
     """
     low, high = config.clip_eps, config.clip_eps_high or config.clip_eps
 
@@ -93,8 +97,7 @@ def make_loss(config, clipped=None):
         if config.ratio == "cispo":
             surrogate = ratio.clamp(1 - low, 1 + high) * advantages * logprobs  # (B, N)
             return -((surrogate - penalty) * mask).sum(dim=1).mean()
-        # Clip-higher (DAPO 2503.14476, eq. 8): with A > 0 only the upper bound counts in
-        # the minimum, with A < 0 only the lower one.
+        # Clip-higher (2503.14476, eq. 8): if A > 0 the upper bound counts, else the lower.
         bound = torch.where(advantages > 0, high, low)  # (B, N)
         return policy_loss(log_ratio, 0.0, advantages, mask, bound, penalty)
     return loss
@@ -105,10 +108,9 @@ def make_loss(config, clipped=None):
 def refilled(dropped):
     """grpo.collect with DAPO's dynamic sampling (2503.14476, section 3.2).
 
-    Groups of equal rewards make room for groups of other prompts: all of them in each
-    round, until there is none, or REFILLS rounds are over, or every prompt has had its
-    turn; what is still equal then stays. What is drawn depends on seed, step, round and
-    rank alone. dropped: a list that is given how many groups were.
+    Groups of equal rewards make room for groups of other prompts, until there is none, or
+    REFILLS rounds are over, or every prompt has had its turn; the rest stays. Draws depend
+    on seed, step, round and rank alone. dropped: a list that is given how many groups were.
     """
     def collect(config, policy, reward, rows, step, clock):
         batch, prompts, rollout, rewards, texts = grpo.collect(
@@ -172,15 +174,13 @@ RECIPES = {
                  clip_eps_high=0.28, beta=0.0, dynamic_sampling=True),
     # 2503.20783, section 3.2: neither of the two divisors.
     "dr_grpo": dict(advantage="mean", aggregation="constant", beta=0.0),
-    # 2402.14740: a completion is one action; with one update per batch this is plain
-    # REINFORCE. beta is the default.
+    # 2402.14740: a completion is one action. TRL: RLOOTrainer, if a batch has one update.
     "rloo": dict(advantage="leave_one_out", aggregation="sum", kl="k1", kl_in="reward"),
     # 2507.18071, section 5.1. Its formulas leave the KL out; beta 0 as in TRL.
     "gspo": dict(scale_advantages=True, aggregation="sequence", ratio="sequence",
                  clip_eps=3e-4, clip_eps_high=4e-4, beta=0.0),
-    # 2506.13585: no KL, and no lower bound, which is clip_eps 1. The upper one is not
-    # published: weights up to 4 are the default of Tinker's documentation. The paper also
-    # samples dynamically: add --dynamic-sampling.
+    # 2506.13585: no KL, no lower bound (clip_eps 1). The upper one is not published, 4 is
+    # in Tinker's documentation. The paper also samples dynamically: --dynamic-sampling.
     "cispo": dict(scale_advantages=True, aggregation="token", ratio="cispo", clip_eps=1.0,
                   clip_eps_high=3.0, beta=0.0),
     # 2501.03262: the KL is k1 in the reward. Aggregation and beta as implemented here.

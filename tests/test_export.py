@@ -55,6 +55,7 @@ def test_transformers_read_the_same_model(name, made):
     assert type(theirs).__name__ == kind and theirs.dtype == torch.float32
     ids = torch.randint(0, ours.config.vocab_size, (3, 40), generator=torch.Generator().manual_seed(0))
     close(theirs(ids).logits, ours.plain(ids), 1e-4)
+    close(theirs.train()(ids).logits, ours.plain(ids), 1e-4)                        # without dropout, as here
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,6 +4,7 @@
 
 Policies are written as GPT2LMHeadModel, LlamaForCausalLM, .., reward models as classifiers
 of one label, whose scores have no bias there. real.load makes the same checkpoint of it.
+Learned positions: TRL's training counts the left padding of shorter prompts among them.
 """
 import json
 from dataclasses import dataclass

@@ -97,7 +97,8 @@ def read_config(fields, context, source):
 def write_config(config, scores):
     """The reverse, for a policy or a model that scores -> the fields of a config.json."""
     if isinstance(config, GPTConfig):
-        family, head, words, fields = "GPT2", "LMHeadModel", GPT2_FIELDS, {}
+        family, head, words = "GPT2", "LMHeadModel", GPT2_FIELDS
+        fields = dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)  # by default 0.1
     else:
         family = "Qwen2" if config.bias else "Qwen3" if config.head_norm else "Llama"
         head, words = "ForCausalLM", LLAMA_FIELDS
