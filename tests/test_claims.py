@@ -854,13 +854,35 @@ def other_settings_of_a_real_model():
             percent(right["beta 0.05"]), f"{patterns['beta 0.05']:.0f}")
 
 
-@under("real", "Adapters (`lora 8, lr 3e-4`) end where all weights end, {} right, and the process needs {} GB at its "
-       "peak in place of {}.")
+@under("real", "Adapters (`lora 8, lr 3e-4`) end where all weights end, {} right.")
 def adapters_are_enough():
     right, = real("right", "GRPO", "lora 8, lr 3e-4")
-    peak, = real("gigabytes", "GRPO", "lora 8, lr 3e-4")
-    assert right > min(real("right", "GRPO")) - 0.02 and peak < min(real("gigabytes", "GRPO"))
-    return percent(right), f"{peak:.1f}", f"{np.mean(real('gigabytes', 'GRPO')):.1f}"
+    assert min(real("right", "GRPO")) - 0.02 < right < max(real("right", "GRPO")) + 0.02
+    return [percent(right)]
+
+
+@under("real", "PPO ends as high, {}, at about twice the KL, {} nats, and with more variety: {} of four answers "
+       "differ.")
+def ppo_goes_further():
+    right, kl, different = (real(f"test_{name}", "PPO") for name in ("right", "kl", "different"))
+    assert sides({"GRPO": real("test_right", "GRPO"), "PPO": right})[:2] == ([], [])
+    assert 1.5 < np.mean(kl) / np.mean(real("test_kl", "GRPO")) < 2.5 and min(kl) > max(real("test_kl", "GRPO"))
+    assert np.mean(different) > np.mean(real("test_different", "GRPO"))
+    return range_of(right), f"{np.mean(kl):.0f}", f"{np.mean(different):.1f}"
+
+
+@under("real", "Its critic explains nothing, and has to learn slowly so as not to harm: at the policy's own rate "
+       "(`critic_lr 3e-5`) it takes {} completions until half of the answers in a step are right, where the main runs "
+       "take {} and GRPO {}.")
+def critic_has_to_learn_slowly():
+    curves, needed = result("real-curves"), {}
+    for name in "PPO main", "PPO critic_lr 3e-5", "GRPO main":
+        runs = [row for row in curves if row["setting"] == name]
+        needed[name] = [min(row["completions"] for row in runs if row["seed"] == seed and row["reward"] >= 0.5)
+                        for seed in sorted({row["seed"] for row in runs})]
+    explained = [row["explained_variance"] for row in curves if row["setting"] == "PPO main"]
+    assert np.mean(explained) < 0.05 and needed["PPO critic_lr 3e-5"][0] > max(needed["PPO main"] + needed["GRPO main"])
+    return [f"{np.mean(needed[name]):.0f}" for name in ("PPO critic_lr 3e-5", "PPO main", "GRPO main")]
 
 
 @under("minutes", "All together take {} minutes, and `overoptimisation` and `noise` take {} of them.")
@@ -928,6 +950,13 @@ def products_of_a_real_model():
     shortest = min(length for name, length in records if name == "GRPO")
     assert records["GRPO", shortest]["share"] >= 0.6
     return [f"{records['GRPO', shortest]['share']:.0%}"]
+
+
+@under("benchmark_real", "A step of PPO takes {} times as long as one of GRPO.")
+def step_of_ppo_on_a_real_model():
+    records, _ = real_benchmark()
+    shortest = min(length for name, length in records if name == "PPO")
+    return [f"{records['PPO', shortest]['step'][0] / records['GRPO', shortest]['step'][0]:.1f}"]
 
 
 @under("benchmark_real", "A step of TRL's GRPO takes {} times as long as ours where prompts have {} tokens, and {} "

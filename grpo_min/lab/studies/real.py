@@ -46,7 +46,7 @@ CURVES = ["step", "completions", "reward", "length", "entropy", "kl", "grad_norm
 FIGURES = {"right": ("right", "{:.1%}"), "KL (nats)": ("kl", "{:.1f}"), "words": ("words", "{:.1f}"),
            "different answers of 4": ("different", "{:.2f}"), "patterns": ("patterns", "{:.0f}"),
            "answers of the commonest": ("commonest", "{:.1%}")}
-COSTS = {"minutes": ("minutes", "{:.1f}"), "peak memory (GB)": ("gigabytes", "{:.1f}"),
+COSTS = {"minutes": ("minutes", "{:.1f}"),
          **{f"{phase} (s per step)": (f"seconds_{phase}", "{:.1f}") for phase in PHASES}}
 
 
@@ -114,8 +114,7 @@ def judged(threads, config, start, algorithm, setting, seed):
     if metrics:
         for phase in PHASES:
             row[f"seconds_{phase}"] = float(np.mean([each.get(f"seconds_{phase}") or 0 for each in metrics]))
-        row.update(gigabytes=metrics[-1]["memory_mb"] / 1e3,
-                   minutes=len(metrics) / 60 * sum(row[f"seconds_{phase}"] for phase in PHASES))
+        row["minutes"] = len(metrics) / 60 * sum(row[f"seconds_{phase}"] for phase in PHASES)
     make_folder(folder)
     save_file(folder / "row.json", json.dumps(dict(row, of=settings)).encode())
     (folder / "checkpoint.pt").unlink(missing_ok=True)
