@@ -32,8 +32,9 @@ import math
 import random
 from pathlib import Path
 
-from grpo_min import bpe, tokenizer
+from grpo_min import tokenizer
 from grpo_min.gold import ATTRIBUTES, COURTEOUS, CURT, FACTS, VALUES, gold_score
+from grpo_min.run import bpe
 from grpo_min.run.config import run_command
 from grpo_min.run.files import make_folder
 

@@ -117,5 +117,5 @@ def own():
 
 
 if __name__ == "__main__":
-    from grpo_min import bpe
+    from grpo_min.run import bpe
     run_command(bpe.main)

@@ -24,12 +24,12 @@ from threading import Timer
 import pytest
 import torch
 
-from grpo_min import bpe, critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min import critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
 from grpo_min.critic import Critic
 from grpo_min.lab import compare
 from grpo_min.lab.processes import in_own_process
 from grpo_min.model import GPT, ScalarGPT
-from grpo_min.run import log, resume
+from grpo_min.run import bpe, log, resume
 from grpo_min.run.checkpoint import load_checkpoint, load_model
 from grpo_min.run.config import UserError, parse, run_command
 from grpo_min.run.table import read_csv

@@ -17,7 +17,7 @@ from grpo_min import critic, grpo, ppo, pretrain, reward_model, sample, sft
 from grpo_min import tokenizer as tokenizers
 from grpo_min.critic import Critic
 from grpo_min.model import GPT, GPTConfig, ScalarGPT
-from grpo_min import bpe
+from grpo_min.run import bpe
 from grpo_min.run.checkpoint import load_checkpoint, load_model, serialise, weights
 from grpo_min.run.config import UserError, run_command
 from grpo_min.run.files import DATA
