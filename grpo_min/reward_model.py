@@ -80,39 +80,49 @@ def keep_back(rows, share, seed):
             [row for row in rows if row["prompt"] in kept])
 
 
+def pairs_to_train(config, model):
+    """The choices that a model is to learn from: checked, and without those kept back."""
+    rows, tokenizer = read_jsonl(config.preferences, FIELDS), model.tokenizer
+    for side in SIDES:
+        lengths = [(len(tokenizer.encode_prompt(row["prompt"])),
+                    len(tokenizer.encode_completion(row[side]))) for row in rows]
+        require_fit(model.config.context, lengths, config.preferences)
+    rows, _ = keep_back(rows, config.holdout, config.seed)
+    equal = [row["prompt"] for row in rows if row["chosen"] == row["rejected"]]
+    if equal:
+        print(f"note: {len(equal)} of {len(rows)} choices are between equal answers and "
+              f"teach nothing; the first is on: {equal[0][:60]}")
+    passes = config.steps * min(config.batch_size, len(rows)) / len(rows)
+    if passes > 20:
+        print(f"note: {config.steps} updates see each of only {len(rows)} choices "
+              f"{passes:.0f} times and learn them by heart, whatever the loss says: make "
+              "more choices or fewer --steps, and see --holdout")
+    return rows
+
+
+def pair_batch(config, rows, step, tokenizer, device):
+    """A step's choices -> prompts (Q rows), ids and mask (2 Q, N) of their completions."""
+    numbers = batch_rows(len(rows), min(config.batch_size, len(rows)), config.seed, step)
+    batch = [rows[number] for number in numbers]
+    prompts = Prompts.from_texts([row["prompt"] for row in batch], tokenizer, device)
+    # Two completions of each prompt: row 2 q is the chosen one, 2 q + 1 the rejected.
+    texts = [row[side] for row in batch for side in SIDES]
+    return prompts, *pad_completions(texts, tokenizer, device)
+
+
 def train(config):
     """Train -> the reward model and one row of metrics per step."""
     require_positive(config, "steps", "batch_size", "lr", "warmup")
     require(config.weight_decay >= 0,
             f"--weight-decay must be at least 0, not {config.weight_decay}")
     device = pick_device(config.device)
-    rows = read_jsonl(config.preferences, FIELDS)
     sft = load_model(config.sft, device)
-    tokenizer = sft.tokenizer
-    for side in SIDES:
-        lengths = [(len(tokenizer.encode_prompt(row["prompt"])),
-                    len(tokenizer.encode_completion(row[side]))) for row in rows]
-        require_fit(sft.config.context, lengths, config.preferences)
-    rows, _ = keep_back(rows, config.holdout, config.seed)
-    equal = [row["prompt"] for row in rows if row["chosen"] == row["rejected"]]
-    if equal:
-        print(f"note: {len(equal)} of {len(rows)} choices are between equal answers and "
-              f"teach nothing; the first is on: {equal[0][:60]}")
-    batch_size = min(config.batch_size, len(rows))
-    passes = config.steps * batch_size / len(rows)
-    if passes > 20:
-        print(f"note: {config.steps} updates see each of only {len(rows)} choices "
-              f"{passes:.0f} times and learn them by heart, whatever the loss says: make "
-              "more choices or fewer --steps, and see --holdout")
+    rows = pairs_to_train(config, sft)
     model = sft.with_head(ScalarGPT)
 
     def loss_at(step):
-        batch = [rows[i] for i in batch_rows(len(rows), batch_size, config.seed, step)]
-        prompts = Prompts.from_texts([row["prompt"] for row in batch], tokenizer, device)
-        # Two completions of each prompt: row 2 q is the chosen one, 2 q + 1 the rejected.
-        texts = [row[side] for row in batch for side in SIDES]
-        ids, mask = pad_completions(texts, tokenizer, device)
-        scores = model.last(prompts, ids, mask).view(-1, 2)  # (batch, 2)
+        batch = pair_batch(config, rows, step, model.tokenizer, device)
+        scores = model.last(*batch).view(-1, 2)  # (Q, 2)
         accuracy = (scores[:, 0] > scores[:, 1]).float().mean().item()
         return preference_loss(scores[:, 0], scores[:, 1]), dict(accuracy=accuracy)
 
@@ -184,22 +194,32 @@ def report(model, heldout, folder):
     return result
 
 
-def main(argv=None):
-    config = parse(RewardModelConfig, argv)
+def unseen_pairs(config):
+    """What to judge on: the file of held-out pairs ("": none), the choices kept back."""
     heldout = config.heldout
     if not heldout and config.preferences == RewardModelConfig.preferences:
         heldout = str(DATA / "preferences_heldout.jsonl")
     if heldout:
-        read_heldout(heldout)  # a mistake in it should show before the training
+        read_heldout(heldout)
     choices = read_jsonl(config.preferences, FIELDS)
-    _, kept = keep_back(choices, config.holdout, config.seed)
-    model, _ = train(config)
+    return heldout, keep_back(choices, config.holdout, config.seed)[1]
+
+
+def report_unseen(model, config, heldout, kept):
+    """Judge a reward model on what unseen_pairs has found."""
     if heldout:
         report(model, heldout, config.run if RANK == 0 else "")
     if kept:
         report_kept_back(model, kept, config.preferences)
     if not heldout and not kept:
         print("not judged: --holdout 0.2 keeps choices back for that")
+
+
+def main(argv=None):
+    config = parse(RewardModelConfig, argv)
+    unseen = unseen_pairs(config)  # a mistake in them should show before the training
+    model, _ = train(config)
+    report_unseen(model, config, *unseen)
 
 
 if __name__ == "__main__":
