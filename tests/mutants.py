@@ -38,6 +38,7 @@ TRAPS = {
     23: "a dead critic is not seen: what could be explained is measured wrongly, or nobody is told",
     24: "a schedule that stands still, an order or random numbers that repeat, a cache that confuses two things",
     25: "what a reward did not judge counts as 0",
+    26: "DPO that prefers what was rejected, or whose implicit reward is not that of the completion",
 }
 
 
@@ -59,6 +60,10 @@ class Mutant:
 ENCODED_AGAIN = ("; from grpo_min.rollout import pad_completions; rollout.completion_ids, rollout.mask = "
                  "pad_completions(texts, policy.tokenizer, clock.device, rollout.finished.tolist()); "
                  "rollout.logprobs = torch.zeros(rollout.mask.shape)")
+
+PROMPT_COUNTED = (" + self.beta * sum(sign * model.plain(prompts.ids[:, :-1]).log_softmax(-1).gather(2, prompts.ids["
+                  ":, 1:, None]).sum((1, 2)).repeat_interleave(2) for sign, model in ((1, self.policy), "
+                  "(-1, self.reference)))")
 
 MUTANTS = [Mutant(*row) for row in [
     (1, "rollout", "mask[:, t] = going", "mask[:, t] = going & (token != end)",
@@ -175,6 +180,9 @@ MUTANTS = [Mutant(*row) for row in [
     (7, "run/fast", "rows, position = rows[left], position[left]",
      "rows, position = rows[left], position[:len(left)]",
      "fast::the_fast_sampler_draws_the_tokens_of_the_plain_one[40-24-1.0]"),
+    (7, "dpo", "chosen, rejected = reward.last(*batch).view(-1, 2).unbind(dim=1)",
+     "chosen, rejected = reward.last(*batch).view(2, -1)",
+     "dpo::the_stage_s_loss_and_gradient_are_eq_7"),
     (7, "rewards", "fields = columns([row for row in batch for _ in range(group_size)])",
      "fields = columns([row for _ in range(group_size) for row in batch])",
      "rewards::columns_are_repeated_for_each_group"),
@@ -242,6 +250,9 @@ MUTANTS = [Mutant(*row) for row in [
     (14, "variants", "advantages, penalty = advantages / divisor, penalty / divisor",
      "advantages = advantages / divisor",
      "variants::an_aggregation_divides_surrogate_and_penalty_alike[token-sequence]"),
+    (14, "dpo", "return self.beta * (logprobs - ref_logprobs).sum(dim=1)",
+     "return self.beta * (logprobs - ref_logprobs).sum(dim=1) / mask.sum(dim=1)",
+     "dpo::it_is_the_sum_over_the_completion_and_the_prompt_does_not_count"),
 
     (15, "ppo", "rewards, values = rewards * mask, values * mask", "rewards = rewards * mask",
      "algorithms::value_after_the_last_token_is_zero"),
@@ -285,6 +296,9 @@ MUTANTS = [Mutant(*row) for row in [
     (18, "ppo", "reference = frozen_copy(policy) if config.beta > 0 else None",
      "import copy; reference = copy.copy(policy) if config.beta > 0 else None",
      "loops::reference_does_not_move[loss-1-ppo]"),
+    (18, "dpo", "reward = ImplicitReward(policy, frozen_copy(policy), config.beta)",
+     "reward = ImplicitReward(policy, policy, config.beta)",
+     "dpo::the_reference_does_not_move"),
     (18, "real/lora", "self.linear.weight += self.scale * self.B @ self.A", "self.linear.weight += self.B @ self.A",
      "lora::a_checkpoint_holds_adapters_and_comes_back_as_an_ordinary_model[gpt-grpo]"),
     (18, "model", "x = x + y", "x = x + F.dropout(y, 0.1, self.training)",
@@ -406,6 +420,25 @@ MUTANTS = [Mutant(*row) for row in [
      "brought::a_completion_that_is_not_judged_teaches_nothing"),
     (25, "critic", "values[rows, column] = scores.view(-1, copies).mean(dim=1).where(judged, math.nan)",
      "values[rows, column] = scores.view(-1, copies).mean(dim=1)", "brought::values_are_those_of_what_was_judged"),
+
+    (26, "dpo", "loss, opposite = preference_loss(chosen, rejected), preference_loss(rejected, chosen)",
+     "loss, opposite = preference_loss(rejected, chosen), preference_loss(chosen, rejected)",
+     "dpo::loss_and_gradient_of_two_pairs_by_hand[0.0]"),
+    (26, "dpo", "return (1 - label_smoothing) * loss + label_smoothing * opposite",
+     "return (1 - label_smoothing) * loss - label_smoothing * opposite",
+     "dpo::loss_and_gradient_of_two_pairs_by_hand[0.2]"),
+    (26, "dpo", "return self.beta * (logprobs - ref_logprobs).sum(dim=1)",
+     "return self.beta * (logprobs - ref_logprobs).sum(dim=1)" + PROMPT_COUNTED,
+     "dpo::it_is_the_sum_over_the_completion_and_the_prompt_does_not_count"),
+    (26, "dpo", "return self.beta * (logprobs - ref_logprobs).sum(dim=1)",
+     "return self.beta * logprobs.sum(dim=1)",
+     "dpo::at_the_start_nothing_is_preferred"),
+    (26, "reward_model", "texts = [row[side] for row in batch for side in SIDES]",
+     "texts = [row[side] for row in batch for side in reversed(SIDES)]",
+     "dpo::the_stage_s_loss_and_gradient_are_eq_7"),
+    (26, "reward_model", "texts = [row[side] for row in batch for side in SIDES]",
+     'texts = [row["prompt"] + row[side] for row in batch for side in SIDES]',
+     "dpo::the_stage_s_loss_and_gradient_are_eq_7"),
 ]]
 
 

@@ -24,7 +24,7 @@ from threading import Timer
 import pytest
 import torch
 
-from grpo_min import critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min import critic, dpo, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
 from grpo_min.critic import Critic
 from grpo_min.lab import compare
 from grpo_min.lab.processes import in_own_process
@@ -38,6 +38,7 @@ from tests import tiny
 pytestmark = pytest.mark.usefixtures("no_curves")
 ROOT = Path(__file__).parent.parent
 RL = [grpo, ppo, variants]
+SUPERVISED = [pretrain, sft, reward_model, dpo]
 LOOPS = pytest.mark.parametrize("command", RL, ids=["grpo", "ppo", "variants"])
 
 
@@ -77,7 +78,7 @@ def arguments(command, folder, **more):
         options.update(text=tiny.text_file(folder / "text.txt"), layers=1, heads=2, width=16, context=16)
     elif command is sft:
         options.update(base=folder / "sft.pt", demonstrations=tiny.demonstrations(folder / "sft.jsonl"), batch_size=4)
-    elif command is reward_model:
+    elif command in (reward_model, dpo):
         options.update(sft=folder / "sft.pt", preferences=tiny.preferences(folder / "pairs.jsonl"), batch_size=4,
                        heldout=folder / "pairs.jsonl")
     elif command is compare:
@@ -124,7 +125,7 @@ def works(command, folder, *words, **options):
 # --- help ---------------------------------------------------------------------------------------------------------
 
 def test_the_commands_are_all_found():
-    core = "tokenizer pretrain sft reward_model critic grpo ppo variants evaluate sample".split()
+    core = "tokenizer pretrain sft reward_model dpo critic grpo ppo variants evaluate sample".split()
     lab = "compare studies page benchmark benchmark_real label publish".split()
     assert set(COMMANDS) == {"grpo_min", *(f"grpo_min.{name}" for name in core),
                              *(f"grpo_min.lab.{name}" for name in lab), "grpo_min.real.load", "grpo_min.real.export"}
@@ -219,7 +220,7 @@ def test_mistakes_around_the_pipeline(words, tmp_path, capsys, monkeypatch):
 # --- files --------------------------------------------------------------------------------------------------------
 
 DATA_OPTIONS = [(grpo, "prompts"), (ppo, "prompts"), (sft, "demonstrations"), (reward_model, "preferences"),
-                (reward_model, "heldout")]
+                (reward_model, "heldout"), (dpo, "preferences"), (dpo, "heldout")]
 DATA = pytest.mark.parametrize("command, option", DATA_OPTIONS, ids=[f"{c.__name__[9:]}-{o}" for c, o in DATA_OPTIONS])
 
 
@@ -317,12 +318,12 @@ def test_a_prompt_is_too_long_for_the_context(command, option, refused, tmp_path
 
 def test_a_response_is_too_long_for_the_context(refused, tmp_path):
     rows = [GOOD] * 12 + [dict(GOOD, response="a cow " * 40, chosen="a cow " * 40)]
-    for command, option in (sft, "demonstrations"), (reward_model, "preferences"):
+    for command, option in (sft, "demonstrations"), (reward_model, "preferences"), (dpo, "preferences"):
         error = refused(command, **{option: tiny.jsonl(tmp_path / "long.jsonl", rows), "steps": 5})
         assert "context" in error and "64" in error, error
 
 
-@pytest.mark.parametrize("command", [sft, reward_model])
+@pytest.mark.parametrize("command", [sft, reward_model, dpo])
 def test_a_long_prompt_and_a_long_response_may_share_a_batch(command, tmp_path):
     # Each row fits into the context of 64, though the padded batch is wider.
     long = "a cow " * 25
@@ -346,7 +347,7 @@ def test_completions_are_too_long_for_the_context(command, refused):
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 CHECKPOINT_OPTIONS = [(grpo, "sft"), (ppo, "sft"), (variants, "sft"), (sft, "base"), (reward_model, "sft"),
-                      (critic, "sft"), (ppo, "critic"), (sample, "checkpoint"), (evaluate, "checkpoint"),
+                      (dpo, "sft"), (critic, "sft"), (ppo, "critic"), (sample, "checkpoint"), (evaluate, "checkpoint"),
                       (compare, "sft")]
 
 
@@ -470,10 +471,11 @@ NO_NUMBERS = [    # (commands, option, values that make no sense)
     (RL, "beta", [-1, "nan"]), (RL, "max_grad_norm", [0, -1]),
     (RL, "clip_eps", [-0.1, "nan"]), ((ppo,), "critic_lr", [-1, "nan"]),
     ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]),
-    ((pretrain, sft, reward_model, critic), "steps", [0, -1]), ((pretrain, sft, reward_model), "batch_size", [0, -4]),
-    ((pretrain, sft, reward_model, critic), "lr", [0, -1, "nan"]),
-    ((pretrain, sft, reward_model, critic), "warmup", [0, -1]), ((critic,), "batches", [0, -1]),
-    ((critic,), "weight_decay", [-1, "nan"]), ((ppo,), "critic_epochs", [-1]), ((ppo,), "critic_minibatches", [0, 3]),
+    (SUPERVISED + [critic], "steps", [0, -1]), (SUPERVISED, "batch_size", [0, -4]),
+    (SUPERVISED + [critic], "lr", [0, -1, "nan"]), (SUPERVISED + [critic], "warmup", [0, -1]),
+    ([dpo], "beta", [0, -1, "nan"]), ([dpo], "label_smoothing", [-0.1, 0.5, "nan"]),
+    ((critic,), "batches", [0, -1]), ((critic,), "weight_decay", [-1, "nan"]), ((ppo,), "critic_epochs", [-1]),
+    ((ppo,), "critic_minibatches", [0, 3]),
     ((pretrain,), "heads", [0, -2, 3]), ((pretrain,), "width", [0, -16]), ((pretrain,), "layers", [0, -1]),
     ((pretrain,), "context", [0, -1]), ((sample,), "answers", [0, -1]), ((sample,), "temperature", [-1, "nan"]),
     ((sample,), "max_new_tokens", [0, -1]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
@@ -528,7 +530,7 @@ def test_a_context_that_is_too_short_to_evaluate(domain, refused, tmp_path):
 # --- divergence ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("steps", [6, 1])
-@pytest.mark.parametrize("command", [grpo, ppo, variants, sft, pretrain, reward_model, critic])
+@pytest.mark.parametrize("command", [*RL, *SUPERVISED, critic])
 def test_a_learning_rate_that_destroys_the_weights(command, steps, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(log, "SAVE_EVERY", 0)
     more = dict(warmup=1)

@@ -11,7 +11,7 @@ import signal
 import pytest
 import torch
 
-from grpo_min import grpo, ppo, pretrain, reward_model, sft
+from grpo_min import dpo, grpo, ppo, pretrain, reward_model, sft
 from grpo_min.critic import Critic
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import learned
@@ -650,6 +650,9 @@ STAGES = {
     "reward_model": (reward_model, lambda folder, **more: reward_model.RewardModelConfig(
         sft=tiny.checkpoint(folder / "sft.pt"), preferences=tiny.preferences(folder / "pairs.jsonl"), batch_size=4,
         warmup=2, **more)),
+    "dpo": (dpo, lambda folder, **more: dpo.DPOConfig(
+        sft=tiny.checkpoint(folder / "sft.pt"), preferences=tiny.preferences(folder / "pairs.jsonl"), batch_size=4,
+        warmup=2, lr=1e-3, **more)),
 }
 
 

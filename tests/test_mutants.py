@@ -45,7 +45,7 @@ def test_mutant_is_caught(mutant):
 
 
 def test_every_trap_has_a_mutant():
-    assert {mutant.trap for mutant in MUTANTS} == set(TRAPS) == set(range(1, 26)) and len(MUTANTS) >= 65
+    assert {mutant.trap for mutant in MUTANTS} == set(TRAPS) == set(range(1, 27)) and len(MUTANTS) >= 65
     assert len({(mutant.file, mutant.wrong) for mutant in MUTANTS}) == len(MUTANTS)
 
 

@@ -16,7 +16,7 @@ import torch
 import torchgen
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_min import critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
+from grpo_min import critic, dpo, evaluate, grpo, ppo, pretrain, reward_model, sample, sft, variants
 from grpo_min.lab.pretend import CAN_PRETEND, pretend_card
 from grpo_min.lab.studies import recipes_one_update
 from grpo_min.model import ScalarGPT
@@ -30,7 +30,7 @@ from tests import tiny
 
 pytestmark = [pytest.mark.skipif(not CAN_PRETEND, reason="this torch has no devices made of Python"),
               pytest.mark.usefixtures("no_curves")]
-STAGES = [critic, evaluate, grpo, ppo, pretrain, reward_model, sample, sft]
+STAGES = [critic, dpo, evaluate, grpo, ppo, pretrain, reward_model, sample, sft]
 
 
 @pytest.fixture
@@ -191,6 +191,12 @@ def taught_choices(folder):
     return model, [*rows, reward_model.judge(model, read_jsonl(path, ["prompt"]))]
 
 
+def preferring(folder):
+    return dpo.train(dpo.DPOConfig(
+        run="", sft=tiny.checkpoint(folder / "sft.pt"), preferences=tiny.preferences(folder / "pairs.jsonl"),
+        batch_size=5, steps=4, warmup=2, device="cpu"))
+
+
 def taught_values(folder):
     model, figures, rows = critic.train(critic.CriticConfig(
         run="", sft=tiny.checkpoint(folder / "sft.pt"), prompts=tiny.prompts(folder / "prompts.jsonl"), steps=6,
@@ -198,7 +204,7 @@ def taught_values(folder):
     return model, [*rows, figures]
 
 
-@pytest.mark.parametrize("stage", [pretrained, fine_tuned, taught_choices, taught_values])
+@pytest.mark.parametrize("stage", [pretrained, fine_tuned, taught_choices, preferring, taught_values])
 def test_a_supervised_stage_runs_whole(stage, on_both, tmp_path):
     (model, expected), (ours, rows) = on_both(lambda: stage(tmp_path))
     assert tiny.same(tiny.without_clock(rows), tiny.without_clock(expected))

@@ -67,6 +67,7 @@ def test_every_stage_runs(tmp_path):
         "sft": ["--base", folder / "pretrain/checkpoint.pt", "--demonstrations", shown, "--batch-size", 4],
         "reward_model": ["--sft", folder / "sft/checkpoint.pt", "--preferences", pairs, "--heldout", pairs,
                          "--batch-size", 4],
+        "dpo": ["--sft", folder / "sft/checkpoint.pt", "--preferences", pairs, "--heldout", pairs, "--batch-size", 4],
         "critic": ["--sft", folder / "sft/checkpoint.pt", "--prompts", asked, "--prompts-per-step", 4,
                    "--max-new-tokens", 6],
     }
@@ -94,7 +95,7 @@ for stage, words in {calls} + [("", [])]:
         print("code", stopped.code)
 '''
     out = like_windows(script, tmp_path)
-    assert out.count("code 0") == len(calls) and out.count("code 2") == 1 and out.count("step 2/2") == 7, out
+    assert out.count("code 0") == len(calls) and out.count("code 2") == 1 and out.count("step 2/2") == 8, out
     header, *lines = (folder / "grpo/metrics.csv").read_text(encoding="utf-8").splitlines()
     column = header.split(",").index("memory_mb")
     assert [line.split(",")[column] for line in lines] == ["", ""]
