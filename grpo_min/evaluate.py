@@ -2,9 +2,11 @@
 
 Every figure is [mean, low, high], with a 95% bootstrap interval over prompts. Arithmetic is
 judged by the answer, animals by the hidden gold score, which no loop sees, a task of your
-own by its reward; `full` is the share of ones.
+own by its reward; `full` is the share of ones. maj@4 is the accuracy of what most of the 4
+answers to a prompt say.
 """
 import json
+from collections import Counter
 from dataclasses import dataclass
 from math import comb
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo_min.gold import MAXIMUM, gold_score, is_correct
-from grpo_min.rewards import correct, numbers
+from grpo_min.rewards import correct, final_answer, numbers
 from grpo_min.rollout import Prompts, sample
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import (option, parse, pick_device, require, require_positive,
@@ -90,6 +92,16 @@ def pass_at_k(n, right, k):
     return 1 - comb(n - right, k) / comb(n, k)
 
 
+def majority(answers):
+    """The most frequent of k final answers, of a tie the first seen (2203.11171: voting).
+
+    One that is empty ("") has no vote, nor one that is malformed or was cut (None). None if
+    there is no vote at all.
+    """
+    votes = Counter(filter(None, answers))
+    return max(votes, key=votes.get, default=None)
+
+
 def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0,
              max_new_tokens=40):
     """Measure a policy on held-out rows -> {figure: [mean, low, high]}.
@@ -135,6 +147,12 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0,
             figures["full"] = full.mean(1)
         for k in 2, 4:
             figures[f"pass@{k}"] = [pass_at_k(samples, int(row.sum()), k) for row in full]
+        if domain == "arithmetic":
+            votes = [final_answer(text) if end else None
+                     for text, end in zip(texts, finished)]
+            figures[f"maj@{samples}"] = [
+                majority(votes[i * samples:(i + 1) * samples]) == row["answer"]
+                for i, row in enumerate(rows)]
         figures["thinking"] = per_prompt([thinks(text) for text in texts]).mean(1)
     figures["length"] = per_prompt(lengths).mean(1)
     figures["truncated"] = 1 - per_prompt(finished).mean(1)

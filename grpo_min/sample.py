@@ -1,6 +1,8 @@
 """Talk to a checkpoint: python -m grpo_min.sample --prompt "what does a cow eat?"
 
-Without --prompt it reads questions line by line.
+Without --prompt it reads questions line by line. With --best-of 16 and a reward model, 16
+answers are sampled and the one with the highest score is shown: what can be had of a reward
+model without any training.
 """
 from dataclasses import dataclass
 
@@ -18,10 +20,12 @@ from grpo_min.run.rng import generator
 class SampleConfig:
     """Ask a checkpoint and read its answers."""
     checkpoint: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of a base, SFT, "
-                             "GRPO or PPO model")
+                             "DPO, GRPO or PPO model")
     prompt: str = option("", "what to ask; without it, questions are read line by line "
                          "until an empty one")
     answers: int = option(2, "answers sampled to each prompt")
+    best_of: int = option(0, "show one answer alone: of so many samples that with the "
+                          "highest score by --reward-model; 0: all --answers")
     temperature: float = option(1.0, "sampling temperature; 0 takes the likeliest token")
     max_new_tokens: int = option(40, "longest answer, in tokens")
     reward_model: str = option("", "checkpoint of a reward model, to see its scores too")
@@ -51,20 +55,24 @@ def main(argv=None):
     config = parse(SampleConfig, argv)
     require_positive(config, "answers", "max_new_tokens")
     require(config.temperature >= 0, "--temperature must be at least 0")
+    require(config.best_of >= 0, f"--best-of must be at least 0, not {config.best_of}")
+    require(config.reward_model or not config.best_of,
+            f"--best-of {config.best_of} needs a --reward-model to choose by")
     device = pick_device(config.device)
     policy, reward = load_model(config.checkpoint, device), None
     if config.reward_model:
         reward = learned(load_model(config.reward_model, device, ScalarGPT))
 
     def answer(text):
-        texts, finished = ask(policy, text, config.answers, config.temperature,
-                              config.max_new_tokens, config.seed)
-        scores = [""] * len(texts)
+        texts, finished = ask(policy, text, config.best_of or config.answers,
+                              config.temperature, config.max_new_tokens, config.seed)
+        lines = [f"  {completion.strip()}" for completion in texts]
         if reward:
-            scores = [f"    (score {score:.2f})"
-                      for score in reward([text] * len(texts), texts, finished)]
-        for completion, score in zip(texts, scores):
-            print(f"  {completion.strip()}{score}")
+            scores = reward([text] * len(texts), texts, finished)
+            lines = [f"{line}    (score {score:.2f})" for line, score in zip(lines, scores)]
+            if config.best_of:
+                lines = [lines[scores.index(max(scores))]]
+        print("\n".join(lines))
 
     if config.prompt:
         answer(config.prompt)

@@ -473,7 +473,7 @@ NO_NUMBERS = [    # (commands, option, values that make no sense)
     ((ppo,), "gamma", [-0.1, 1.1]), ((ppo,), "lam", [-0.1, 1.1]),
     (SUPERVISED + [critic], "steps", [0, -1]), (SUPERVISED, "batch_size", [0, -4]),
     (SUPERVISED + [critic], "lr", [0, -1, "nan"]), (SUPERVISED + [critic], "warmup", [0, -1]),
-    ([dpo], "beta", [0, -1, "nan"]), ([dpo], "label_smoothing", [-0.1, 0.5, "nan"]),
+    ([dpo], "beta", [0, -1, "nan"]), ([dpo], "label_smoothing", [-0.1, 0.5, "nan"]), ([sample], "best_of", [-1]),
     ((critic,), "batches", [0, -1]), ((critic,), "weight_decay", [-1, "nan"]), ((ppo,), "critic_epochs", [-1]),
     ((ppo,), "critic_minibatches", [0, 3]),
     ((pretrain,), "heads", [0, -2, 3]), ((pretrain,), "width", [0, -16]), ((pretrain,), "layers", [0, -1]),
@@ -615,6 +615,21 @@ def test_sample_answers(tmp_path, capsys):
     assert first.count("(score ") == 3
     works(sample, tmp_path, prompt="what does a cow eat?", answers=3, max_new_tokens=5, reward_model=tmp_path / "r.pt")
     assert capsys.readouterr().out == first, "the same seed gives the same answers"
+
+
+def test_the_best_of_many_samples_is_the_one_that_the_reward_model_scores_highest(tmp_path, capsys):
+    options = dict(prompt="what does a cow eat?", max_new_tokens=5,
+                   reward_model=tiny.reward_checkpoint(tmp_path / "r.pt"))
+    works(sample, tmp_path, answers=7, **options)
+    answers = capsys.readouterr().out.splitlines()
+    scores = [float(re.search(r"\(score (.*)\)$", answer)[1]) for answer in answers]
+    works(sample, tmp_path, best_of=7, **options)
+    best = answers[scores.index(max(scores))]
+    assert len(set(scores)) > 4 and best != answers[0] and capsys.readouterr().out == best + "\n"
+
+
+def test_the_best_of_many_samples_needs_somebody_to_choose(refused):
+    assert "--reward-model" in refused(sample, prompt="hello", best_of=4)
 
 
 def test_sample_reads_questions_until_an_empty_line(tmp_path, capsys, monkeypatch):

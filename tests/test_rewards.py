@@ -13,7 +13,7 @@ import torch
 
 from grpo_min import evaluate as evaluation
 from grpo_min import grpo, sample
-from grpo_min.evaluate import evaluate, held_out, interval, pass_at_k, show
+from grpo_min.evaluate import evaluate, held_out, interval, majority, pass_at_k, show
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import correct, final_answer, learned, load_reward, score, weighted_sum, well_formed
 from grpo_min.rollout import Prompts, Rollout, pad_completions
@@ -326,7 +326,8 @@ def test_intervals_cover_the_truth():
 
 
 @pytest.mark.parametrize("domain, names", [
-    ("arithmetic", ["accuracy", "accuracy_greedy", "pass@2", "pass@4", "thinking", "length", "truncated"]),
+    ("arithmetic", ["accuracy", "accuracy_greedy", "pass@2", "pass@4", "maj@4", "thinking", "length",
+                    "truncated"]),
     ("animals", ["gold", "gold_greedy", "correct", "share_of_maximum", "win_rate", "length", "truncated"]),
 ])
 def test_evaluate_a_tiny_policy(make, domain, names):
@@ -360,10 +361,34 @@ def test_arithmetic_figures_by_hand(monkeypatch):
     script(monkeypatch, a=["1", "1", "2", "<think> x</think> 1", "1", "2", "2*", "1*"])
     rows = [dict(prompt="p", answer="1"), dict(prompt="q", answer="2")]
     figures = {name: mean for name, (mean, _, _) in evaluate("a", "arithmetic", rows).items()}
-    # of the 4 answers of each row, 3 and 1 are right: of the 6 pairs of answers, 6 and 3 hold a right one
+    # Of the 4 answers of each row, 3 and 1 are right: of the 6 pairs of answers, 6 and 3 hold a right one. Those that
+    # have a vote are 1, 1, 2, 1 and 1, 2: a tie, which goes to the first.
     assert figures == pytest.approx({
-        "accuracy": 0.5, "accuracy_greedy": 0.5, "pass@2": 0.75, "pass@4": 1, "thinking": 1 / 8,
+        "accuracy": 0.5, "accuracy_greedy": 0.5, "pass@2": 0.75, "pass@4": 1, "maj@4": 0.5, "thinking": 1 / 8,
         "length": (1 + 1 + 1 + 19 + 1 + 1 + 2 + 2) / 8, "truncated": 2 / 8})
+
+
+@pytest.mark.parametrize("answers, winner", [
+    (["3", "4", "4", "5"], "4"), (["4", "3", "3", "4"], "4"), (["3", "4", "4", "3"], "3"), (["012", "12", "12"], "12"),
+    (["", "", "7"], "7"), ([None, None, "7"], "7"), (["", None], None), ([], None),
+])
+def test_majority_by_hand(answers, winner):
+    """A tie goes to the answer that was seen first; what says nothing has no vote."""
+    assert majority(answers) == winner
+
+
+@pytest.mark.parametrize("samples, right", [(4, 1 / 3), (5, 2 / 3)])
+def test_the_vote_is_by_all_samples_of_a_prompt(samples, right, monkeypatch):
+    """Three prompts whose answer is 1. Cut answers (*) and broken ones have no vote, and no votes are wrong."""
+    said = [["2", "1", "<think>x</think>1", "2", "1"], ["1*", "1*", "2", "<think>1", "1*"], ["1", "", "", "", "3"]]
+    texts = [text for row in said for text in row[:samples]]
+
+    def answers(policy, prompts, samples, temperature, max_new_tokens, seed=0):
+        chosen = texts if temperature else ["1"] * 3
+        return [text.rstrip("*") for text in chosen], [not text.endswith("*") for text in chosen], [1] * len(chosen)
+    monkeypatch.setattr(evaluation, "answers", answers)
+    figures = evaluate("a", "arithmetic", [dict(prompt="p", answer="1")] * 3, samples=samples)
+    assert figures[f"maj@{samples}"][0] == pytest.approx(right) and figures["accuracy_greedy"][0] == 1
 
 
 def test_animal_figures_by_hand(monkeypatch):
