@@ -443,7 +443,7 @@ def test_a_recipe_that_nothing_would_heed_is_refused():
 
 @pytest.mark.parametrize("aggregation", variants.AGGREGATIONS)
 def test_microbatches_change_no_gradient_or_are_refused(aggregation, tmp_path, double):
-    """A divisor of the whole batch cannot be had from a part of it: the mean of parts' means would be another gradient."""
+    """A divisor of the whole batch cannot be had from a part of it: the mean of parts' means has another gradient."""
     config = VariantConfig(**vars(settings(grpo, tmp_path, steps=1)), aggregation=aggregation)
     norms = []
     for parts in 1, 2, 4:
