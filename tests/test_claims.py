@@ -861,14 +861,14 @@ def adapters_are_enough():
     return [percent(right)]
 
 
-@under("real", "PPO ends as high, {}, at about twice the KL, {} nats, and with more variety: {} of four answers "
-       "differ.")
+@under("real", "PPO ends as high, {}, further from the model before with every seed, {} nats; in variety no difference "
+       "is shown.")
 def ppo_goes_further():
     right, kl, different = (real(f"test_{name}", "PPO") for name in ("right", "kl", "different"))
-    assert sides({"GRPO": real("test_right", "GRPO"), "PPO": right})[:2] == ([], [])
-    assert 1.5 < np.mean(kl) / np.mean(real("test_kl", "GRPO")) < 2.5 and min(kl) > max(real("test_kl", "GRPO"))
-    assert np.mean(different) > np.mean(real("test_different", "GRPO"))
-    return range_of(right), f"{np.mean(kl):.0f}", f"{np.mean(different):.1f}"
+    for name, values in ("right", right), ("different", different):
+        assert sides({"GRPO": real(f"test_{name}", "GRPO"), "PPO": values})[:2] == ([], [])
+    assert min(kl) > max(real("test_kl", "GRPO"))
+    return range_of(right), f"{np.mean(kl):.0f}"
 
 
 @under("real", "Its critic explains nothing, and has to learn slowly so as not to harm: at the policy's own rate "
@@ -880,9 +880,18 @@ def critic_has_to_learn_slowly():
         runs = [row for row in curves if row["setting"] == name]
         needed[name] = [min(row["completions"] for row in runs if row["seed"] == seed and row["reward"] >= 0.5)
                         for seed in sorted({row["seed"] for row in runs})]
-    explained = [row["explained_variance"] for row in curves if row["setting"] == "PPO main"]
+    explained = [row["explained_variance"] for row in curves
+                 if row["setting"] == "PPO main" and row["explained_variance"] != ""]        # or all rewards are equal
     assert np.mean(explained) < 0.05 and needed["PPO critic_lr 3e-5"][0] > max(needed["PPO main"] + needed["GRPO main"])
     return [f"{np.mean(needed[name]):.0f}" for name in ("PPO critic_lr 3e-5", "PPO main", "GRPO main")]
+
+
+@under("real", "That run keeps {} patterns with {} right; whether this is more than luck, one seed does not say.")
+def a_run_that_stays_varied():
+    patterns, right = (real(name, "PPO", "critic_lr 3e-5")[0] for name in ("patterns", "right"))
+    rows = [row for row in result("real") if row["right"] > 0.9]
+    assert right > 0.9 and patterns > 2 * sorted(row["patterns"] for row in rows)[-2]
+    return f"{patterns:.0f}", percent(right)
 
 
 @under("minutes", "All together take {} minutes, and `overoptimisation` and `noise` take {} of them.")

@@ -137,7 +137,7 @@ def judge(policy, reference, split, count, samples=4, batch=16):
         kl, rewards, texts = kl + k1.sum(dim=1).tolist(), rewards + scores.tolist(), texts + said
     patterns = [pattern(text, rows[i // samples]["words"]) for i, text in enumerate(texts)]
     different = [len(set(texts[i:i + samples])) for i in range(0, len(texts), samples)]
-    figures = dict(right=np.mean(rewards), kl=np.mean(kl).round(6) + 0, different=np.mean(different),
+    figures = dict(right=np.mean(rewards), kl=np.mean(kl).round(3) + 0, different=np.mean(different),
                    words=np.mean([len(text.split()) for text in texts]), patterns=len(set(patterns)),
                    commonest=Counter(patterns).most_common(1)[0][1] / len(patterns), judged=len(texts))
     answers = [dict(prompt=row["prompt"], answer=text, reward=right, pattern=shape)
