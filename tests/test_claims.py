@@ -978,7 +978,7 @@ def trl_on_a_real_model():
             ratio = record["step"][0] / records["GRPO", length]["step"][0]
             ratios[length] = min(ratio, ratios.get(length, ratio))
     first, last = min(ratios), max(ratios)
-    assert ratios[first] >= 2.5 and list(ratios.values()) == sorted(ratios.values()) and len(ratios) == 4
+    assert ratios[first] > 2 and list(ratios.values()) == sorted(ratios.values()) and len(ratios) == 4
     return f"{ratios[first]:.1f}", first, f"{ratios[last]:.1f}", last
 
 
@@ -1233,6 +1233,13 @@ def test_what_the_readme_says_of_a_real_model():
     assert f"SmolLM2 gets {before:.1%} right, and after [{minutes:.1f} minutes of GRPO]" in text
     said = [row["answer"] for row in result("real-answers") if row["algorithm"] == "GRPO"]
     assert f"on two cores {after:.1%}: `{said[0]}`" in text
+
+
+def test_what_help_says_of_memory():
+    _, memory = real_benchmark()
+    one, eight = (memory["GRPO", f"microbatches {parts}"]["peak"] / 1024 for parts in (1, 8))
+    assert f"(SmolLM2, 1 to 8 parts: {one:.1f} to {eight:.1f} GB)" in GRPOConfig.__dataclass_fields__[
+        "microbatches"].metadata["help"]
 
 
 def test_within_twenty_steps_nearly_every_answer_thinks():
