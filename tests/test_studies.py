@@ -333,7 +333,8 @@ def test_a_real_model_to_the_end(run_study, tmp_path, monkeypatch):
     start = tiny.checkpoint(tmp_path / "start.pt", context=128)
     rows, curves, text = run_study("real", again=True, sft=start, eval_prompts=12)
     assert [(row["algorithm"], row["setting"]) for row in rows] == [
-        ("before", "main"), ("GRPO", "lr 1e-5"), ("GRPO", "main"), ("PPO", "lr 1e-5"), ("PPO", "main")]
+        ("before", "main"), ("GRPO", "lr 1e-5"), ("GRPO", "main"), ("PPO", "lr 1e-5, critic_lr 3e-5"),
+        ("PPO", "main")]
     assert float(rows[0]["kl"]) == float(rows[0]["test_kl"]) == 0 and not rows[0]["minutes"]
     assert all(float(row["minutes"]) > 0 and row["judged"] == "48.0" for row in rows[1:])
     assert [curve["completions"] for curve in curves] == ["64", "128"] * 4
