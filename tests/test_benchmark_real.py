@@ -181,12 +181,18 @@ def test_trl_does_the_same_work(tmp_path, monkeypatch):
     (short, *_), steps = sorted({record["length"] for record in content["records"]}), {}
     for record in content["records"]:
         steps.setdefault(record["length"], {})[record["name"]] = record["step"][0]
-    batches = ["TRL GRPO, 2 at a time", "TRL GRPO, 8 at a time"]
+    batches, kept = ["TRL GRPO, 2 at a time", "TRL GRPO, 8 at a time"], "TRL GRPO, 2 at a time, memory kept as here"
     faster = min(batches, key=steps[short].get)
-    assert list(steps[short]) == ["GRPO", "PPO", *batches] and list(steps.pop(max(steps))) == ["GRPO", faster]
+    assert list(steps[short]) == ["GRPO", "PPO", batches[0], kept, batches[1]] and list(steps.pop(max(steps))) == ["GRPO", faster]
     ratio = steps[short][faster] / steps[short]["GRPO"]
     assert f"| {short} | {steps[short]['GRPO']:.3f} | {steps[short][faster]:.3f} | {ratio:.2f} |" in text
     assert "transformers" in text
+
+
+def test_the_quicker_of_trls_batches_counts_unless_it_keeps_memory():
+    times = {"GRPO": 2.0, "TRL, 8": 9.0, f"TRL, 8{benchmark_real.KEPT}": 5.0, "TRL, 64": 7.0}
+    records = [dict(name=name, length=46, step=[seconds] * 3) for name, seconds in times.items()]
+    assert benchmark_real.ratios(records) == [(46, 2.0, 7.0)]
 
 
 def test_trl_is_not_required(tmp_path, monkeypatch):

@@ -4,6 +4,9 @@ The loops run for a step or two with settings that are all different from each o
 functions they call are watched: a setting that is ignored, exchanged with another or replaced by a constant shows.
 """
 import json
+import platform
+import subprocess
+import sys
 import types
 
 import pytest
@@ -67,6 +70,21 @@ def test_a_busy_moment_costs_little(tmp_path, monkeypatch):
     """Two steps beside others: one thread for ten seconds, and then two until the end."""
     ends, _ = threads_over_time(monkeypatch, tmp_path, lambda step: (1.0, 300) if step in (1, 2) else (2.0, 0))
     assert ends == [2] + 4 * [1] + 25 * [2]
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="of glibc alone")
+@pytest.mark.parametrize("keep, filled", [(True, False), (False, True)])
+def test_memory_that_a_tensor_leaves_is_kept(keep, filled):
+    """100 MB have 24,400 pages: a process of its own is asked how many are filled anew after a tensor of twice that."""
+    script = f"""import resource, torch
+from grpo_min.run.cores import keep_memory
+keep_memory(); keep_memory({keep})
+torch.ones(50_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.ones(25_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)"""
+    pages = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert pages > 20_000 if filled else pages < 1000
 
 
 @pytest.mark.parametrize("own, files, expected", [

@@ -8,7 +8,6 @@ is that of a process of its own that takes two steps, beside the bytes that are 
 """
 import contextlib
 import functools
-import gc
 import io
 import itertools
 import json
@@ -34,6 +33,7 @@ from grpo_min.real.llama import Llama, LlamaConfig
 from grpo_min.real.lora import adapt
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
+from grpo_min.run.cores import keep_memory
 from grpo_min.run.files import make_folder, save_file
 from grpo_min.run.metrics import peak_memory_mb
 from grpo_min.run.plots import finish, plt
@@ -44,12 +44,13 @@ MEMORY = [*(("GRPO", dict(microbatches=n)) for n in (1, 2, 4, 8)), ("GRPO", dict
           ("PPO", dict(lora=8)), ("PPO", dict(lora=8, beta=0.01))]
 UNLESS_SAID = dict(beta=0.0, microbatches=2, lora=0)
 # tokens: of a prompt at least, 0 for those of the task as they are; memory: whose is measured
-WORK = dict(prompts=8, group_size=8, new=24, tokens=[0, 100, 200, 400], memory=MEMORY)
+WORK = dict(prompts=8, group_size=8, new=24, tokens=[0, 100, 200], memory=MEMORY)
 QUICK = dict(prompts=4, group_size=2, new=4, tokens=[0, 80], memory=[MEMORY[0], MEMORY[-1]])
 QUICK_MODEL = LlamaConfig(vocab_size=tokenizer.own().vocab_size, context=80, layers=2, heads=4, kv_heads=2, width=64,
                           head_size=16, hidden=96, theta=1e4, eps=1e-5, bias=False, head_norm=False, tied=True)
 FILLER = ["It is a calm day.", "The shop on the corner opens at nine.", "Two people walk along the street.",
           "A letter has come in the post.", "There is bread on the table.", "Somebody has left a door open."]
+KEPT = ", memory kept as here"      # TRL with the one setting of ours that it lacks, run.cores.keep_memory
 LOOPS = {"GRPO": (grpo, grpo.GRPOConfig), "PPO": (ppo, ppo.PPOConfig)}
 
 
@@ -128,9 +129,11 @@ def steps_of(config, work, name, length, texts, **settings):
     return rows[1:]
 
 
-def trl_steps(config, work, texts, folder, batch):
+def trl_steps(config, work, texts, folder, batch, keep):
     """Let TRL's GRPO take as many steps from an exported folder -> seconds of each but the first. It samples all
-    completions at once and reads a batch of them at a time."""
+    completions at once and reads a batch of them at a time. keep: whether memory is kept."""
+    device = pick_device(config.device)
+    keep_memory(keep)
     from transformers import AutoTokenizer, GenerationConfig
     theirs = AutoTokenizer.from_pretrained(folder)
     ends = [GenerationConfig.from_pretrained(folder).eos_token_id, theirs.eos_token_id]
@@ -139,7 +142,7 @@ def trl_steps(config, work, texts, folder, batch):
         assert {*map(len, completion_ids)} == {work["new"]}
         return score([messages[0]["content"] for messages in completions])
     return trainer_steps(
-        str(folder), theirs, [[dict(role="user", content=text)] for text in texts], reward, pick_device(config.device),
+        str(folder), theirs, [[dict(role="user", content=text)] for text in texts], reward, device,
         Path(config.out) / "trl", per_device_train_batch_size=batch, num_generations=work["group_size"],
         gradient_accumulation_steps=work["prompts"] * work["group_size"] // batch, max_completion_length=work["new"],
         beta=0.0, learning_rate=1e-5, max_steps=config.steps, generation_kwargs=dict(suppress_tokens=ends))()
@@ -183,6 +186,11 @@ def sampling_products(model, Q, G, P, N):
 
 # --- the measurement ----------------------------------------------------------------------------------------------
 
+def in_own_process(function, *arguments):
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
+
+
 def memory_of(config, work, name, length, texts, settings):
     """Take two steps -> megabytes that this process needed at most, with torch and all it imports (on CUDA: what was
     allocated), and megabytes that are counted."""
@@ -194,12 +202,13 @@ def memory_of(config, work, name, length, texts, settings):
 
 def measure(config, work, folder):
     """Let all take turns, then measure memory -> records of steps, records of memory. folder: one for TRL to read."""
-    texts, device, threads = texts_of(config, work), pick_device(config.device), torch.get_num_threads()
+    texts, device = texts_of(config, work), pick_device(config.device)
     shortest, rows, alone, memory, theirs = min(texts), {}, {}, [], {}
     if config.against:
         export(policy_of(config, max(texts) + work["new"]), folder)
-        for batch in work["group_size"], work["prompts"] * work["group_size"]:
-            theirs[f"TRL GRPO, {batch} at a time"] = batch
+        batch = work["group_size"]
+        theirs = {f"TRL GRPO, {batch} at a time": batch, f"TRL GRPO, {batch} at a time{KEPT}": batch,
+                  f"TRL GRPO, {batch * work['prompts']} at a time": batch * work["prompts"]}
     total = config.rounds * (len(texts) + 1) * (2 if theirs else 1) + len(work["memory"])
     start, done = time.perf_counter(), itertools.count()
 
@@ -210,21 +219,17 @@ def measure(config, work, folder):
     for _, (length, prompts) in itertools.product(range(config.rounds), texts.items()):
         names = ["GRPO", "PPO", *theirs]
         if length > shortest:                                       # of TRL's the one that is the faster there
-            names = ["GRPO", *sorted(theirs, key=lambda name: np.median(rows[name, shortest]))[:1]]
+            names = ["GRPO", *sorted(theirs, key=lambda name: (KEPT in name, np.median(rows[name, shortest])))[:1]]
         for name in names:
             say(f"{name}, prompts of {length} tokens")
-            torch.set_num_threads(threads)                          # a run goes on with one where others use the cores
-            taken = (trl_steps(config, work, prompts, folder, theirs[name]) if name in theirs
-                     else steps_of(config, work, name, length, prompts))
+            taken = (in_own_process(trl_steps, config, work, prompts, folder, theirs[name], KEPT in name)
+                     if name in theirs else in_own_process(steps_of, config, work, name, length, prompts))
             rows.setdefault((name, length), []).extend(taken)
-            gc.collect()                                            # trainers refer to themselves
-        torch.set_num_threads(threads)
         compute = sampling_products(policy_of(config), work["prompts"], work["group_size"], length, work["new"])
         alone.setdefault(length, []).extend([seconds_of(compute, device) for _ in range(config.steps)][1:])
     for name, settings in work["memory"]:
         say(f"memory of {name} {settings or ''}")
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            memory += [process.submit(memory_of, config, work, name, shortest, texts[shortest], settings).result()]
+        memory += [in_own_process(memory_of, config, work, name, shortest, texts[shortest], settings)]
     return [record_of(*key, taken, alone[key[1]]) for key, taken in rows.items()], memory
 
 
@@ -242,11 +247,11 @@ def record_of(name, length, rows, alone):
 # --- what is written ----------------------------------------------------------------------------------------------
 
 def ratios(records):
-    """Seconds of a step as prompts grow -> [(tokens, ours, TRL's at its faster batch or None)]."""
+    """Seconds of a step as prompts grow -> [(tokens, ours, TRL's own at its faster batch or None)]."""
     found = []
     for ours in [record for record in records if record["name"] == "GRPO"]:
         theirs = [record["step"][0] for record in records
-                  if record["name"] not in LOOPS and record["length"] == ours["length"]]
+                  if record["name"] not in LOOPS and KEPT not in record["name"] and record["length"] == ours["length"]]
         found.append((ours["length"], ours["step"][0], min(theirs, default=None)))
     return found
 

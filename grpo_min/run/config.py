@@ -55,8 +55,9 @@ def require_positive(config, *names):
 
 def pick_device(name):
     """A torch.device; auto is CUDA if there is any. Under torchrun: this rank's own."""
-    from grpo_min.run.cores import limit_threads
+    from grpo_min.run.cores import keep_memory, limit_threads
     limit_threads()
+    keep_memory()
     available = dict(cpu=True, cuda=torch.cuda.is_available(),
                      mps=torch.backends.mps.is_available())
     if name == "auto":

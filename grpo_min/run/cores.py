@@ -1,4 +1,5 @@
-"""The cores that this process may use, and what a run does where others use them, too."""
+"""Cores and memory of this process, and what a run does where others use the cores, too."""
+import ctypes
 import math
 import os
 import time
@@ -47,6 +48,19 @@ def limit_threads():
     """No more threads than help, unless OMP_NUM_THREADS asks for more."""
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(torch.get_num_threads(), cores(), THREADS))
+
+
+def keep_memory(keep=True):
+    """Linux: what a tensor leaves is kept for the next one; False: as glibc does by itself.
+
+    glibc gives blocks of over 32 MB, as a real model's logits are, back to the system at
+    once, which then fills every page of the next one with zeros. Kept, they leave gaps: a
+    tenth more memory, for updates of SmolLM2 in about five sixths of the time.
+    """
+    malloc = getattr(ctypes.CDLL(None), "mallopt", None) if resource else None
+    if malloc:  # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h
+        malloc(-4, 0 if keep else 65536)
+        malloc(-1, -1 if keep else 128 * 1024)
 
 
 def share_cores(run):
