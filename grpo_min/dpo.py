@@ -79,8 +79,8 @@ def dpo_loss(chosen, rejected, label_smoothing=0.0):
     return (1 - label_smoothing) * loss + label_smoothing * opposite
 
 
-def train(config):
-    """Train -> the policy and one row of metrics per step."""
+def train(config, evaluate=None):
+    """Train -> the policy and one row of metrics per step; evaluate as in run/fit.py."""
     require_positive(config, "steps", "batch_size", "lr", "warmup", "beta")
     require(0 <= config.label_smoothing < 0.5, "--label-smoothing must be from 0 to below "
             f"0.5, not {config.label_smoothing}")
@@ -92,13 +92,13 @@ def train(config):
     def loss_at(step):
         batch = pair_batch(config, rows, step, policy.tokenizer, device)
         chosen, rejected = reward.last(*batch).view(-1, 2).unbind(dim=1)  # (Q,) each
-        accuracy = (chosen > rejected).float().mean()
-        metrics = dict(accuracy=accuracy, margin=(chosen - rejected).mean(),
-                       chosen=chosen.mean(), rejected=rejected.mean())
-        metrics = {name: value.item() for name, value in metrics.items()}
+        metrics = dict(accuracy=(chosen > rejected).float(), margin=chosen - rejected,
+                       chosen=chosen, rejected=rejected)
+        metrics = {name: value.mean().item() for name, value in metrics.items()}
         return dpo_loss(chosen, rejected, config.label_smoothing), metrics
 
-    return policy, fit(config, policy, [config.sft, config.preferences], loss_at)
+    return policy, fit(config, policy, [config.sft, config.preferences], loss_at,
+                       evaluate=evaluate)
 
 
 def main(argv=None):

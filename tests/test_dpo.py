@@ -44,7 +44,7 @@ def settings(folder, **more):
 def begun(monkeypatch):
     """begun(config) -> loss_at, with which `fit` was called, and the policy, which is no longer the reference."""
     def begun(config):
-        monkeypatch.setattr(dpo, "fit", lambda config, model, inputs, loss_at: loss_at)
+        monkeypatch.setattr(dpo, "fit", lambda config, model, inputs, loss_at, **more: loss_at)
         policy, loss_at = dpo.train(config)
         randomise(policy, std=0.3)
         return loss_at, policy
