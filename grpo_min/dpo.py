@@ -34,10 +34,8 @@ class DPOConfig:
                       "checkpoint of the SFT model: policy and reference start there")
     preferences: str = option(str(DATA / "preferences.jsonl"),
                               "JSONL with the fields prompt, chosen and rejected")
-    heldout: str = option("", "the same, with the fields animal and attribute, for the "
-                          "evaluation; default: data/preferences_heldout.jsonl, or none "
-                          "beside --preferences of your own")
-    holdout: float = option(0.0, "share of the prompts in --preferences that are not "
+    heldout: str = option("", "as for reward_model: pairs for the evaluation")
+    holdout: float = option(0.0, "as for reward_model: share of the prompts that are not "
                             "trained on, but judged on")
     steps: int = option(400, "updates; by default, about one pass")
     batch_size: int = option(32, "pairs per update (all, if there are fewer)")

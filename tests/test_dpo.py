@@ -63,6 +63,19 @@ def implicit(policy, reference, row, side, beta):
     return beta * (logprob(policy, row["prompt"], row[side]) - logprob(reference, row["prompt"], row[side]))
 
 
+def test_it_is_watched_after_each_update(tmp_path):
+    seen = []
+
+    def look(policy, step):
+        seen.append((step, policy.tokens.weight.detach().clone()))
+        return dict(seen=len(seen)) if step else {}
+    policy, rows = dpo.train(settings(tmp_path), evaluate=look)
+    start, weights = load_model(settings(tmp_path).sft).tokens.weight, [weight for _, weight in seen]
+    assert [step for step, _ in seen] == [0, 1, 2] and [row.get("seen", "") for row in rows] == ["", 2, 3]
+    assert all(not torch.equal(a, b) for a, b in zip([start, *weights], weights))
+    assert torch.equal(weights[-1], policy.tokens.weight)
+
+
 # --- the loss -----------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])

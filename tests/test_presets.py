@@ -118,7 +118,8 @@ def test_dpo_has_a_row_among_the_others_and_is_judged_as_they_are(algorithms, tm
     record = json.loads((tmp_path / "comparison-learned.json").read_text())[-1]
     policy = load_model(tmp_path / "dpo-learned-1/checkpoint.pt")
     expected = evaluate.evaluate(policy, "animals", evaluate.held_out("animals", "test", 3), load_model(file))
-    assert {name: record["figures"]["animals_test"][name] for name in expected} == expected and record["completions"] == 0
+    assert {name: record["figures"]["animals_test"][name] for name in expected} == expected
+    assert record["completions"] == 0
     correct = tmp_path / "comparison-correct.md"
     assert "DPO" not in correct.read_text() if len(names) > 1 else not correct.exists()
     assert "DPO" not in (tmp_path / "comparison-learned.csv").read_text(), "its rows are of pairs, not of completions"

@@ -148,7 +148,8 @@ def test_a_study_writes_what_its_runs_reached_and_runs_nothing_twice(name, train
     arms = ["RL, beta 0", "RL, beta 0.3", "DPO, beta 0.5", "best of n"]
     every_arm = arms[:2] + ["PPO, beta 0", "DPO, beta 0.5", "DPO, beta 0.1", "best of n"]
     assert [tuple(row[k] for k in key) for row in rows] == {
-        "noise": [("1.0",), ("0.6",)], "overoptimisation": [("1000", arm) for arm in every_arm] + [("50", arm) for arm in arms],
+        "noise": [("1.0",), ("0.6",)],
+        "overoptimisation": [("1000", arm) for arm in every_arm] + [("50", arm) for arm in arms],
         "kl": [("0.0", "nowhere"), ("0.3", "loss"), ("0.3", "reward")]}[name]
     assert bool(curves) == (name != "noise")
     if name == "overoptimisation":
@@ -160,6 +161,7 @@ def test_a_study_writes_what_its_runs_reached_and_runs_nothing_twice(name, train
         learned, dealt = (json.loads((runs / f"overoptimisation-{name}/config.json").read_text())
                           for name in ("1000-ppo-1", "1000-dpo-0.5-1"))
         assert learned["critic"] == str(runs / "overoptimisation-1000-critic-1/checkpoint.pt")
-        assert learned["beta"] == 0 and learned["reward_model"] == str(runs / "overoptimisation-reward-1000-1/checkpoint.pt")
-        assert dealt["preferences"] == str(runs / "overoptimisation-reward-1000-1.jsonl")
+        taught = runs / "overoptimisation-reward-1000-1"
+        assert learned["beta"] == 0 and learned["reward_model"] == str(taught / "checkpoint.pt")
+        assert dealt["preferences"] == f"{taught}.jsonl"
     assert len(list((tmp_path / "runs/quick").glob("*/checkpoint.pt"))) == trained

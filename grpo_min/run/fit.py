@@ -23,7 +23,7 @@ def fit(config, model, inputs, loss_at, weight_decay=0.0, evaluate=None):
             loss, metrics = loss_at(step)
             norm = update(run, model, optimizer, loss)
             row = dict(loss=loss.item(), **metrics, lr=lr, grad_norm=norm)
-            row.update(evaluate(model, step) if evaluate else {})
+            row |= evaluate(model, step) if evaluate else {}
             row = mean_of_rows(row, loss.device)
             run.step_done(step, row, f"loss {loss.item():.3f}")
         return run.rows
