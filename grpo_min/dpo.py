@@ -34,10 +34,8 @@ class DPOConfig:
                       "checkpoint of the SFT model: policy and reference start there")
     preferences: str = option(str(DATA / "preferences.jsonl"),
                               "JSONL with the fields prompt, chosen and rejected")
-    heldout: str = option("", "the same, with the fields animal and attribute, for the "
-                          "evaluation; default: data/preferences_heldout.jsonl, or none "
-                          "beside --preferences of your own")
-    holdout: float = option(0.0, "share of the prompts in --preferences that are not "
+    heldout: str = option("", "as for reward_model: pairs for the evaluation")
+    holdout: float = option(0.0, "as for reward_model: share of the prompts that are not "
                             "trained on, but judged on")
     steps: int = option(400, "updates; by default, about one pass")
     batch_size: int = option(32, "pairs per update (all, if there are fewer)")
@@ -79,8 +77,8 @@ def dpo_loss(chosen, rejected, label_smoothing=0.0):
     return (1 - label_smoothing) * loss + label_smoothing * opposite
 
 
-def train(config):
-    """Train -> the policy and one row of metrics per step."""
+def train(config, evaluate=None):
+    """Train -> the policy and one row of metrics per step; evaluate as in run/fit.py."""
     require_positive(config, "steps", "batch_size", "lr", "warmup", "beta")
     require(0 <= config.label_smoothing < 0.5, "--label-smoothing must be from 0 to below "
             f"0.5, not {config.label_smoothing}")
@@ -92,13 +90,13 @@ def train(config):
     def loss_at(step):
         batch = pair_batch(config, rows, step, policy.tokenizer, device)
         chosen, rejected = reward.last(*batch).view(-1, 2).unbind(dim=1)  # (Q,) each
-        accuracy = (chosen > rejected).float().mean()
-        metrics = dict(accuracy=accuracy, margin=(chosen - rejected).mean(),
-                       chosen=chosen.mean(), rejected=rejected.mean())
-        metrics = {name: value.item() for name, value in metrics.items()}
+        metrics = dict(accuracy=(chosen > rejected).float(), margin=chosen - rejected,
+                       chosen=chosen, rejected=rejected)
+        metrics = {name: value.mean().item() for name, value in metrics.items()}
         return dpo_loss(chosen, rejected, config.label_smoothing), metrics
 
-    return policy, fit(config, policy, [config.sft, config.preferences], loss_at)
+    return policy, fit(config, policy, [config.sft, config.preferences], loss_at,
+                       evaluate=evaluate)
 
 
 def main(argv=None):

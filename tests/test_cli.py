@@ -481,7 +481,7 @@ NO_NUMBERS = [    # (commands, option, values that make no sense)
     ((sample,), "max_new_tokens", [0, -1]), ((evaluate,), "samples", [3, 0, -1]), ((evaluate,), "prompts", [0, -1]),
     ((evaluate,), "temperature", [0, -1, "nan"]), ((compare,), "seeds", [0, -1]), ((compare,), "steps", [-1]),
     ((compare,), "eval_prompts", [0, -1]), ((compare,), "rewards", ["", "corect"]),
-    ((compare,), "algorithms", ["", "PPO2"]), ((compare,), "max_new_tokens", [0, -1]),
+    ((compare,), "algorithms", ["", "PPO2", "DPO"]), ((compare,), "max_new_tokens", [0, -1]),
     ((compare,), "lr_factor", [0, -1, "nan"]), ((variants,), "clip_eps_high", [-0.1, "nan"]),
     ((variants,), "recipe", ["no_such_recipe"]), ((variants,), "ratio", ["word"]),
 ]

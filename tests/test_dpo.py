@@ -44,7 +44,7 @@ def settings(folder, **more):
 def begun(monkeypatch):
     """begun(config) -> loss_at, with which `fit` was called, and the policy, which is no longer the reference."""
     def begun(config):
-        monkeypatch.setattr(dpo, "fit", lambda config, model, inputs, loss_at: loss_at)
+        monkeypatch.setattr(dpo, "fit", lambda config, model, inputs, loss_at, **more: loss_at)
         policy, loss_at = dpo.train(config)
         randomise(policy, std=0.3)
         return loss_at, policy
@@ -61,6 +61,19 @@ def logprob(model, prompt, text):
 
 def implicit(policy, reference, row, side, beta):
     return beta * (logprob(policy, row["prompt"], row[side]) - logprob(reference, row["prompt"], row[side]))
+
+
+def test_it_is_watched_after_each_update(tmp_path):
+    seen = []
+
+    def look(policy, step):
+        seen.append((step, policy.tokens.weight.detach().clone()))
+        return dict(seen=len(seen)) if step else {}
+    policy, rows = dpo.train(settings(tmp_path), evaluate=look)
+    start, weights = load_model(settings(tmp_path).sft).tokens.weight, [weight for _, weight in seen]
+    assert [step for step, _ in seen] == [0, 1, 2] and [row.get("seen", "") for row in rows] == ["", 2, 3]
+    assert all(not torch.equal(a, b) for a, b in zip([start, *weights], weights))
+    assert torch.equal(weights[-1], policy.tokens.weight)
 
 
 # --- the loss -----------------------------------------------------------------------------------------------------

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 
 from grpo_min import __main__ as main_job
-from grpo_min import pretrain, reward_model, sft, tokenizer
+from grpo_min import dpo, evaluate, pretrain, reward_model, sft, tokenizer
 from grpo_min.lab import compare
 from grpo_min.model import GPT, GPTConfig
+from grpo_min.run.checkpoint import load_model
 from grpo_min.run.data import read_jsonl
+from grpo_min.variants import as_options
+from tests import tiny
 
 GPU = main_job.PRESETS["gpu"]
 
@@ -88,6 +91,38 @@ def test_the_comparison_hands_its_settings_to_the_loops(tmp_path, monkeypatch):
         assert (settings.prompts, settings.max_new_tokens) == (str(Path("elsewhere/animals_train.jsonl")), 56)
         assert settings.lr == 3e-4 and getattr(settings, "critic_lr", 5e-5) == 5e-5
         assert getattr(settings, "critic", "c.pt") == "c.pt"
+
+
+def test_dpo_in_the_comparison_learns_from_the_choices_by_its_own_settings(tmp_path):
+    config = compare.CompareConfig(run=str(tmp_path), sft="sft.pt", data="elsewhere", lr_factor=0.5, device="cpu")
+    train, settings = compare.settings_of_run(config, "DPO", "learned", 3, None)
+    assert train is dpo.train and settings == dpo.DPOConfig(
+        run=str(tmp_path / "dpo-learned-3"), sft="sft.pt", preferences=str(Path("elsewhere/preferences.jsonl")), seed=3,
+        lr=dpo.DPOConfig.lr / 2, device="cpu")
+
+
+@pytest.mark.parametrize("algorithms", ["GRPO,DPO", "DPO"])
+def test_dpo_has_a_row_among_the_others_and_is_judged_as_they_are(algorithms, tmp_path, monkeypatch, no_curves):
+    monkeypatch.setattr(compare, "beside_each_other", tiny.one_after_the_other)
+    names, file = algorithms.split(","), tiny.checkpoint(tmp_path / "sft.pt", context=128)
+    compare.main(as_options(dict(
+        run=tmp_path, algorithms=algorithms, rewards="learned" if len(names) == 1 else "correct,learned", steps=1,
+        eval_prompts=3, sft=file, reward_model=tiny.reward_checkpoint(tmp_path / "reward.pt"), device="cpu")).split())
+    tables = [[line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+              for table in (tmp_path / "comparison-learned.md").read_text().split("\n\n")[1:]]
+    assert [[row[0] for row in table] for table in tables] == [["SFT", *names], names, names]
+    quality, cost, goal = (table[-1] for table in tables)
+    weights = sum(p.numel() for p in load_model(file).parameters()) * 4
+    assert "-" not in quality and goal == ["DPO", *["-"] * 6]
+    assert cost == ["DPO", *["-"] * 5, f"{5 * weights / 1e6:.1f}", "-"], "policy, reference, gradients, two moments"
+    record = json.loads((tmp_path / "comparison-learned.json").read_text())[-1]
+    policy = load_model(tmp_path / "dpo-learned-1/checkpoint.pt")
+    expected = evaluate.evaluate(policy, "animals", evaluate.held_out("animals", "test", 3), load_model(file))
+    assert {name: record["figures"]["animals_test"][name] for name in expected} == expected
+    assert record["completions"] == 0
+    correct = tmp_path / "comparison-correct.md"
+    assert "DPO" not in correct.read_text() if len(names) > 1 else not correct.exists()
+    assert "DPO" not in (tmp_path / "comparison-learned.csv").read_text(), "its rows are of pairs, not of completions"
 
 
 def test_chains_of_other_lengths_are_asked_for(data):

@@ -2,6 +2,7 @@
 study at a tiny size.
 """
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -120,6 +121,13 @@ def test_gains_are_over_the_first_point():
     assert [(p["kl"], p["gold"], p["proxy"]) for p in gained] == [(0, 0, 0), (0, 1, 1), (2, -1, 2)]
 
 
+def test_gold_at_equal_kl_by_hand():
+    run = points([0, 1, 9, 4, 16], [0, 2, 6, 9, -1])                    # d: 0, 1, 3, 2, 4; it comes back to 4 nats
+    at = {kl: overoptimisation.gold_at(run, kl) for kl in (0.25, 1, 4, 6.25, 12.25, 16, 17)}
+    assert at == pytest.approx({0.25: 1, 1: 2, 4: 4, 6.25: 5, 12.25: 1.5, 16: -1, 17: None})
+    assert overoptimisation.gold_at(points([0, 0, 1], [0, 7, 4]), 0.25) == 5.5
+
+
 def test_examples_are_liked_and_have_little_gold():
     answered = [("q", f"text {i}", proxy, gold) for i, (proxy, gold) in enumerate(
         [(9, -1), (9, 5), (8, -1), (1, -1.5), (0, 7), (0, 0), (0, 0), (0, 0)])]
@@ -131,19 +139,29 @@ def test_examples_are_liked_and_have_little_gold():
 
 # --- the studies --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name, trained", [("noise", 4), ("overoptimisation", 6), ("kl", 3)])
+@pytest.mark.parametrize("name, trained", [("noise", 4), ("overoptimisation", 11), ("kl", 3)])
 def test_a_study_writes_what_its_runs_reached_and_runs_nothing_twice(name, trained, tmp_path, run_study):
     options = dict(eval_prompts=5, sft=tiny.checkpoint(tmp_path / "sft.pt", context=128),
                    reward_model=tiny.reward_checkpoint(tmp_path / "reward.pt"))
     rows, curves, text = run_study(name, again=True, **options)
     key = {"noise": ["rate"], "overoptimisation": ["pairs", "arm"], "kl": ["beta", "charged_in"]}[name]
-    arms = ["RL, beta 0", "RL, beta 0.3", "best of n"]
+    arms = ["RL, beta 0", "RL, beta 0.3", "DPO, beta 0.5", "best of n"]
+    every_arm = arms[:2] + ["PPO, beta 0", "DPO, beta 0.5", "DPO, beta 0.1", "best of n"]
     assert [tuple(row[k] for k in key) for row in rows] == {
-        "noise": [("1.0",), ("0.6",)], "overoptimisation": [(pairs, arm) for pairs in ("4000", "50") for arm in arms],
+        "noise": [("1.0",), ("0.6",)],
+        "overoptimisation": [("1000", arm) for arm in every_arm] + [("50", arm) for arm in arms],
         "kl": [("0.0", "nowhere"), ("0.3", "loss"), ("0.3", "reward")]}[name]
     assert bool(curves) == (name != "noise")
     if name == "overoptimisation":
         assert "Answers after RL" in text and text.count("| 50 | ") > text.count("best of n | 50 ")
-        looks = {arm: [row["at"] for row in curves if (row["pairs"], row["arm"]) == ("50", arm)] for arm in arms}
-        assert looks["best of n"] == ["1", "2", "4", "8"] and looks["RL, beta 0"] == ["0", "1", "2"]
+        looks = common.column_by([row for row in curves if row["pairs"] == "1000"], "arm", "at")
+        trained_for = {"RL": ["0", "1", "2"], "PP": ["0", "1", "2"], "DP": ["0", "1", "2", "3", "4"]}
+        assert looks == {arm: trained_for.get(arm[:2], ["1", "2", "4", "8"]) for arm in every_arm}
+        runs = tmp_path / "runs/quick"
+        learned, dealt = (json.loads((runs / f"overoptimisation-{name}/config.json").read_text())
+                          for name in ("1000-ppo-1", "1000-dpo-0.5-1"))
+        assert learned["critic"] == str(runs / "overoptimisation-1000-critic-1/checkpoint.pt")
+        taught = runs / "overoptimisation-reward-1000-1"
+        assert learned["beta"] == 0 and learned["reward_model"] == str(taught / "checkpoint.pt")
+        assert dealt["preferences"] == f"{taught}.jsonl"
     assert len(list((tmp_path / "runs/quick").glob("*/checkpoint.pt"))) == trained

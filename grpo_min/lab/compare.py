@@ -3,9 +3,9 @@
 Both start from the same SFT weights, see the same prompts in the same order and sample the same number of
 completions with the same random numbers; KL penalty, clipping and aggregation are the same. PPO's critic is trained
 first, once for all seeds, and what that costs is counted. PPO runs a second time with one completion for each of 256
-prompts, its natural setting, and if asked for a third time with an oracle, values by sampling. Every run is evaluated
-on held-out prompts. Runs go beside each other, one on each core; what was run before with the same settings is used
-again.
+prompts, its natural setting, and if asked for a third time with an oracle, values by sampling. On the animals DPO, if
+asked for, learns from the annotators' choices and samples nothing. Every run is evaluated on held-out prompts. Runs go
+beside each other, one on each core; what was run before with the same settings is used again.
 
 Written into the folder for each reward: comparison-REWARD.json (every figure), .csv (the curves), .md (the tables) and
 .png; for arithmetic also learning.png.
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo_min import critic, grpo, ppo
+from grpo_min import critic, dpo, grpo, ppo
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.gold import MAXIMUM
 from grpo_min.lab.processes import beside_each_other, train_or_reuse
@@ -46,6 +46,7 @@ ALGORITHMS = {      # name: (train, its config, the settings that differ)
     "PPO": (ppo.train, ppo.PPOConfig, {}),
     "PPO 256x1": (ppo.train, ppo.PPOConfig, dict(prompts_per_step=256, group_size=1)),
     ORACLE: (functools.partial(ppo.train, start_critic=oracle), ppo.PPOConfig, dict(critic="sft", critic_epochs=0)),
+    "DPO": (dpo.train, dpo.DPOConfig, {}),
 }
 LEARNED_VALUES = ["PPO", "PPO 256x1"]      # their critic is trained before
 SETS = {"correct": [("arithmetic", "test"), ("arithmetic", "longer")], "learned": [("animals", "test")]}
@@ -85,6 +86,7 @@ def start(config, begin):
     rewards = [name.strip() for name in config.rewards.split(",")]
     require(set(algorithms) <= set(ALGORITHMS), f"--algorithms: choose from {', '.join(ALGORITHMS)}")
     require(set(rewards) <= set(SETS), f"--rewards: choose from {', '.join(SETS)}")
+    require(set(algorithms) != {"DPO"} or rewards == ["learned"], "--algorithms DPO needs --rewards learned")
     require_positive(config, "seeds", "eval_prompts", "max_new_tokens", "lr_factor")
     require(config.steps >= 0, f"--steps must be at least 0, not {config.steps}")
     load_model(config.sft)                                          # mistakes should not show after hours only
@@ -93,7 +95,8 @@ def start(config, begin):
     make_folder(Path(config.run))
     futures = {}
     for reward in rewards:
-        runs = [(name, seed) for seed in range(1, config.seeds + 1) for name in algorithms]
+        runs = [(name, seed) for seed in range(1, config.seeds + 1) for name in algorithms
+                if name != "DPO" or reward == "learned"]
         # The critic first, and meanwhile what does not wait for it. The longest runs are not the last.
         started = {"critic": begin(train_critic, config, reward)} if set(LEARNED_VALUES) & set(algorithms) else {}
         started["sft"] = begin(sft_record, config, reward)
@@ -146,8 +149,13 @@ def train_critic(config, reward):
 def settings_of_run(config, algorithm, reward, seed, warm_start):
     """How one algorithm is trained, and its settings. warm_start: what train_critic returned, or None."""
     train, config_class, differences = ALGORITHMS[algorithm]
-    settings = config_class(**shared_settings(config, algorithm, reward, seed=seed, **{**PER_REWARD[reward],
-                                                                                       **differences}))
+    if algorithm == "DPO":      # by its own defaults
+        settings = dpo.DPOConfig(run=str(Path(config.run) / f"dpo-{reward}"), sft=config.sft, seed=seed,
+                                 preferences=str(Path(config.data) / "preferences.jsonl"), device=config.device)
+        settings.steps = config.steps or settings.steps
+    else:
+        settings = config_class(**shared_settings(config, algorithm, reward, seed=seed,
+                                                  **{**PER_REWARD[reward], **differences}))
     settings.run += f"-{seed}"
     settings.lr *= config.lr_factor
     if warm_start:
@@ -160,13 +168,15 @@ def one_run(config, algorithm, reward, seed, warm_start):
     train, settings = settings_of_run(config, algorithm, reward, seed, warm_start)
     run = Path(settings.run)
     policy, rows = train_or_reuse(train, settings)
+    rows = [] if algorithm == "DPO" else rows                       # of pairs: nothing was sampled
     sft = load_model(config.sft, pick_device(config.device))
     figures = evaluate_or_reuse(run / "evaluation.json", config, policy, sft, reward)
     seconds, held = {}, grpo.GRPOConfig(beta=settings.beta) if algorithm == ORACLE else settings    # no critic
-    for phase in PHASES:
+    for phase in PHASES if rows else []:
         seconds[phase] = float(np.median([row.get(f"seconds_{phase}", 0.0) for row in rows]))
     return dict(algorithm=algorithm, reward=reward, seed=seed, run=str(run), figures=figures, seconds=seconds,
-                completions=rows[-1]["completions"], rows=rows, peak_memory_mb=rows[-1]["memory_mb"],
+                completions=rows[-1]["completions"] if rows else 0, rows=rows,
+                peak_memory_mb=rows[-1]["memory_mb"] if rows else None,
                 state_bytes=state_bytes(policy, held), warm_start=warm_start, **to_goal(rows, reward))
 
 

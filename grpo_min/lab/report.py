@@ -111,8 +111,8 @@ def cost_table(runs):
     for algorithm, group in by_algorithm(runs).items():
         cells = [algorithm]
         for phase in PHASES:
-            cells.append(spread([run["seconds"][phase] for run in group], "{:.2f}"))
-        lines += table_row([*cells, spread([sum(run["seconds"].values()) for run in group], "{:.2f}"),
+            cells.append(spread([run["seconds"].get(phase) for run in group], "{:.2f}"))
+        lines += table_row([*cells, spread([sum(run["seconds"].values()) or None for run in group], "{:.2f}"),
                             f"{sum(group[0]['state_bytes'].values()) / 1e6:.1f}",
                             spread([max(run["peak_memory_mb"] or 0 for run in group) or None], "{:.0f}")])
     return lines
@@ -224,7 +224,7 @@ def plot_comparison(runs, path):
     bars = by_algorithm(quick)
     for group in bars.values():
         for phase in PHASES:
-            seconds.setdefault(phase, []).append(np.mean([run["seconds"][phase] for run in group]))
+            seconds.setdefault(phase, []).append(np.mean([run["seconds"].get(phase, 0.0) for run in group]))
     for part in max((group[0]["state_bytes"] for group in bars.values()), key=len):
         state[part] = [group[0]["state_bytes"].get(part, 0) / 1e6 for group in bars.values()]
     stacked(axes[1, 1], list(bars), seconds, "seconds per step")
@@ -241,7 +241,7 @@ def stacked(axis, names, parts, ylabel):
     for i, (label, heights) in enumerate(parts.items()):
         axis.bar(names, heights, 0.6, bottom, label=label, color=plt.cm.Greys(0.25 + 0.6 * i / len(parts)))
         bottom += heights
-    axis.set(ylabel=ylabel, ylim=(0, bottom.max() * 1.6))
+    axis.set(ylabel=ylabel, ylim=(0, bottom.max() * 1.6 or 1))
     axis.legend(frameon=False, fontsize=8, ncol=2, loc="upper left")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grpo_min import grpo, reward_model
+from grpo_min import grpo, ppo, reward_model
 from grpo_min.evaluate import held_out
 from grpo_min.gold import gold_score
 from grpo_min.lab.compare import PER_REWARD
@@ -281,8 +281,10 @@ def train_reward_model(config, name, pairs, updates, seed):
 
 
 def train_policy(config, name, checkpoint, steps, seed, watch=None, **changes):
-    """GRPO on a reward model, 16 prompts x 8 completions, or the run that is there -> the policy, its metrics."""
+    """GRPO on a reward model, 16 prompts x 8 completions, or the run that is there -> the policy, its metrics. With a
+    critic among the changes it is PPO."""
+    train, kind = (ppo.train, ppo.PPOConfig) if "critic" in changes else (grpo.train, grpo.GRPOConfig)
     settings = dict(PER_REWARD["learned"], run=str(Path(config.run) / name), sft=config.sft, reward="learned",
                     reward_model=str(checkpoint), seed=seed, steps=config.steps or steps, prompts_per_step=16,
                     group_size=8, device=config.device)
-    return train_or_reuse(functools.partial(grpo.train, evaluate=watch), grpo.GRPOConfig(**{**settings, **changes}))
+    return train_or_reuse(functools.partial(train, evaluate=watch), kind(**{**settings, **changes}))
