@@ -183,8 +183,8 @@ def train(config, reward=None, collect=collect, loss=policy_loss, kl=kl_estimate
     """Steps 1 to 7, again and again -> the trained policy and one row of metrics per step.
 
     reward(prompts, completions, **columns) -> list[float] replaces config.reward, the other
-    functions those of this file, model config.sft; evaluate(policy, step) -> dict joins the
-    step's row.
+    functions those of this file, model config.sft (with adapters of its own, if any);
+    evaluate(policy, step) -> dict joins the step's row.
     """
     check(config)
     device = pick_device(config.device)
