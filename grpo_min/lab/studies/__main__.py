@@ -5,16 +5,16 @@ from datetime import date
 from pathlib import Path
 
 from grpo_min.lab.report import machine
-from grpo_min.lab.studies import (baselines, countdown, credit, critic, gradients, group_size, is_rl_needed, kl,
-                                  length, noise, overoptimisation, real, recipes, recipes_one_update, threads,
-                                  tuning)
+from grpo_min.lab.studies import (baselines, countdown, coverage, credit, critic, forgetting, gradients, group_size,
+                                  is_rl_needed, kl, length, noise, overoptimisation, placebo, real, recipes,
+                                  recipes_one_update, threads, tuning)
 from grpo_min.lab.studies.common import StudyConfig, table, write_study
 from grpo_min.run.config import parse, pick_device, require, run_command
 
 IN_ALL = {"baselines": baselines, "group_size": group_size, "recipes": recipes, "length": length,
           "gradients": gradients, "recipes_one_update": recipes_one_update, "is_rl_needed": is_rl_needed,
           "critic": critic, "credit": credit, "noise": noise, "overoptimisation": overoptimisation, "kl": kl,
-          "countdown": countdown}
+          "countdown": countdown, "coverage": coverage, "placebo": placebo, "forgetting": forgetting}
 STUDIES = {"tuning": tuning, **IN_ALL, "threads": threads, "real": real}
 
 

@@ -47,7 +47,10 @@ class StudyConfig:
     overoptimisation    is a learned reward over-optimised
     kl                  how much KL penalty, and charged where
     countdown           does the loop learn a task of one's own
-    all                 those from baselines to countdown, and the minutes of each
+    coverage            does RL add abilities, or sharpen what is there
+    placebo             what improves although nothing true is rewarded
+    forgetting          what is forgotten of the animals while learning arithmetic
+    all                 those from baselines to forgetting, and the minutes of each
     threads             the main job where other processes use the cores
     real                what RL makes of a real model, SmolLM2
     """

@@ -52,15 +52,20 @@ def fine_tune(config):
     return run
 
 
+def train(config, seed):
+    """Train GRPO with a seed, or with seed 0 take the fine-tuned model -> the policy, its metrics."""
+    start = f"{config.run}/countdown-sft/checkpoint.pt"
+    if seed == 0:
+        return load_model(start, pick_device(config.device)), []
+    return train_or_reuse(grpo.train, grpo.GRPOConfig(
+        run=f"{config.run}/countdown-grpo-{seed}", task=str(ROOT / TASK), sft=start, seed=seed, device=config.device,
+        **LENGTH, **sized(config, {}, dict(steps=2))))
+
+
 def train_and_judge(config, seed):
-    """Train GRPO with a seed, or with seed 0 take the fine-tuned model -> what it does on the test prompts."""
+    """What GRPO with a seed, or with seed 0 the fine-tuned model, does on the test prompts."""
     prompts, reward = load_task(str(ROOT / TASK), "prompts", "reward")
-    start, metrics = f"{config.run}/countdown-sft/checkpoint.pt", []
-    policy = load_model(start, pick_device(config.device))
-    if seed:
-        policy, metrics = train_or_reuse(grpo.train, grpo.GRPOConfig(
-            run=f"{config.run}/countdown-grpo-{seed}", task=str(ROOT / TASK), sft=start, seed=seed,
-            device=config.device, **LENGTH, **sized(config, {}, dict(steps=2))))
+    policy, metrics = train(config, seed)
     rows = held_out(prompts, "test", config.eval_prompts)
     figures = evaluate(policy, reward, rows, **LENGTH)
     questions = [row["prompt"] for row in rows[:3]]

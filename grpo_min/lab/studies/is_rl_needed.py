@@ -6,13 +6,14 @@ it is fine-tuned on the right ones. The control is fine-tuned as long on the dem
 prompts x 8 completions of the arithmetic task from the same SFT weights, 5 seeds, judged on the validation prompts.
 Writes is_rl_needed.csv (a row per run), -curves.csv, .md and .png.
 """
+import functools
 import json
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from grpo_min import grpo, sft, variants
+from grpo_min import grpo, ppo, sft, variants
 from grpo_min.lab.processes import train_or_reuse
 from grpo_min.lab.report import smooth
 from grpo_min.lab.studies.common import (collect, column_by, curve, load_sft, measure_arithmetic, plot_band,
@@ -24,6 +25,7 @@ from grpo_min.run.files import DATA, make_folder, save_file
 from grpo_min.run.plots import finish, plt
 
 SFT, GRPO, ONLINE, OFFLINE, LONGER = ("SFT", "GRPO", "filtered SFT, online", "filtered SFT, offline", "SFT for longer")
+PPO = "PPO"                          # for other studies
 Q, G = 16, 8                         # prompts per step, completions per prompt
 EPOCHS, BATCH, LR = 4, 32, 1e-3      # of the offline fine-tuning
 SHARES = [0.25, 0.5, 1]              # of the completions: what the offline curve is made of
@@ -62,41 +64,64 @@ def reached(config, method, seed, policy, completions, updates):
 
 
 def run_folder(config, *parts):
-    return Path(config.run) / "-".join(["is_rl_needed", *map(str, parts)]).replace(" ", "_")
+    return Path(config.run) / "-".join(map(str, parts)).replace(" ", "_")
 
 
 def online(config, method, seed, steps):
     """GRPO, or filtered SFT online. The curve is of the accuracy in training."""
-    settings = dict(run=str(run_folder(config, method, seed)), sft=config.sft, seed=seed, device=config.device,
-                    steps=steps, prompts_per_step=Q, group_size=G, beta=0.0)
-    if method == GRPO:
-        policy, metrics = train_or_reuse(grpo.train, grpo.GRPOConfig(**settings))
-    else:
-        policy, metrics = train_or_reuse(variants.train, variants.VariantConfig(**settings, advantage="none"))
+    policy, metrics = train_online(config, method, seed, steps)
     points = curve(metrics, ["completions", "accuracy"], setting=method, seed=seed)
     return reached(config, method, seed, policy, steps * Q * G, steps), points
+
+
+def train_online(config, method, seed, steps, study="is_rl_needed", reward=None, watch=None, **changes):
+    """By filtered SFT, PPO, or else GRPO; or the run that is there -> the policy, its metrics.
+
+    study and method name the run; reward and watch are the functions that train takes, changes are of its settings.
+    """
+    settings = dict(run=str(run_folder(config, study, method, seed)), sft=config.sft, seed=seed, device=config.device,
+                    steps=steps, prompts_per_step=Q, group_size=G, beta=0.0, **changes)
+    if method == ONLINE:
+        train, settings = variants.train, variants.VariantConfig(**settings, advantage="none")
+    elif method == PPO:
+        train, settings = ppo.train, ppo.PPOConfig(**settings)
+    else:
+        train, settings = grpo.train, grpo.GRPOConfig(**settings)
+    return train_or_reuse(functools.partial(train, reward=reward, evaluate=watch), settings)
 
 
 def offline(config, method, seed, steps):
     """Fine-tuning on the right completions of the SFT model, or as long on the demonstrations. The curve is of the
     validation accuracy with the first quarter of the completions, the first half, and all."""
     right, points = right_answers(load_sft(config), seed, steps), []
-    make_folder(Path(config.run))
     for share in SHARES if method == OFFLINE else [1]:
         sampled = max(1, int(share * steps))      # steps
-        kept = [row for rows in right[:sampled] for row in rows]
-        require(len(kept) >= BATCH, f"only {len(kept)} of {sampled * Q * G} answers are right: too few for batches of "
-                f"{BATCH}")
-        folder, file = run_folder(config, method, share, seed), DATA / "sft.jsonl"
-        if method == OFFLINE:
-            file = Path(f"{folder}.jsonl")
-            save_file(file, "".join(json.dumps(row) + "\n" for row in kept).encode())
-        policy, metrics = train_or_reuse(sft.train, sft.SFTConfig(
-            run=str(folder), base=config.sft, demonstrations=str(file), steps=EPOCHS * len(kept) // BATCH,
-            batch_size=BATCH, lr=LR, warmup=10, seed=seed, device=config.device))
+        policy, metrics = train_offline(config, method, seed, right[:sampled], share)
         row = reached(config, method, seed, policy, sampled * Q * G if method == OFFLINE else 0, len(metrics))
         points += curve([row], ["completions", "accuracy"], setting=method, seed=seed)
     return row, points
+
+
+def train_offline(config, method, seed, right, share=1):
+    """Fine-tune on right completions, a list for each step, or as long on the demonstrations -> the policy, its
+    metrics."""
+    kept = [row for rows in right for row in rows]
+    require(len(kept) >= BATCH, f"only {len(kept)} of {len(right) * Q * G} answers are right: too few for batches of "
+            f"{BATCH}")
+    return fine_tune(config, run_folder(config, "is_rl_needed", method, share, seed),
+                     kept if method == OFFLINE else None, seed, EPOCHS * len(kept) // BATCH)
+
+
+def fine_tune(config, folder, rows, seed, updates):
+    """SFT of the SFT model on {prompt, response}, or None for the demonstrations -> the policy, its metrics."""
+    file = DATA / "sft.jsonl"
+    if rows:
+        make_folder(folder.parent)
+        file = Path(f"{folder}.jsonl")
+        save_file(file, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return train_or_reuse(sft.train, sft.SFTConfig(
+        run=str(folder), base=config.sft, demonstrations=str(file), steps=updates, batch_size=BATCH, lr=LR, warmup=10,
+        seed=seed, device=config.device))
 
 
 def right_answers(policy, seed, steps):
