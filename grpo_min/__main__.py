@@ -41,7 +41,7 @@ class MainConfig:
                          "and longer chains, for a card with 16 GB (untried)",
                          ["cpu", "gpu"])
     quick: bool = option(False, "a smoke test: a few steps of everything, too few to learn")
-    seed: int = option(1, "seed of the first three stages")
+    seed: int = option(1, "seed of every stage")
     device: str = option("auto", "where to compute", ["auto", "cpu", "cuda", "mps"])
 
 
@@ -69,7 +69,8 @@ def main(argv=None):
 
     def comparison(rewards):
         return settings(compare.CompareConfig, "compare", rewards=rewards, sft=sft_file,
-                        reward_model=reward_file, algorithms="GRPO,PPO", data=str(data))
+                        reward_model=reward_file, algorithms="GRPO,PPO", data=str(data),
+                        first_seed=config.seed)
 
     base_file, sft_file, reward_file = (str(folder / name / "checkpoint.pt")
                                         for name in ("pretrain", "sft", "reward_model"))

@@ -39,12 +39,12 @@ def test_help_lists_every_study(capsys):
     with pytest.raises(SystemExit):
         command.main(["--help"])
     listed = re.findall(r"^ *(\w+)  +\w", capsys.readouterr().out.split("options:")[0], re.MULTILINE)
-    assert listed == [*list(command.STUDIES)[:-2], "all", "threads", "real"] and len(listed) == 20
+    assert listed == [*list(command.STUDIES)[:-3], "all", "luck", "threads", "real"] and len(listed) == 21
 
 
 @pytest.mark.parametrize("words", [[], ["--quick"], ["publish"], ["Tuning"]])
 def test_a_study_that_is_none(words):
-    with pytest.raises(UserError, match="name a study first: tuning, baselines, .*, threads, real, all$"):
+    with pytest.raises(UserError, match="name a study first: tuning, baselines, .*, luck, threads, real, all$"):
         command.main(words)
 
 
@@ -64,7 +64,7 @@ def test_all_studies_one_after_the_other(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "study", lambda config, name=name: names.append(name))
     words = ["all", "--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command.main(words)
-    assert names == [name for name in command.STUDIES if name not in ("tuning", "threads", "real")] and len(names) == 16
+    assert names == [name for name in command.STUDIES if name not in ("tuning", "luck", "threads", "real")] and len(names) == 16
     text = (tmp_path / "out/minutes.md").read_text()
     assert all(f"| {name} | 0.0 |" in text for name in [*names, "**all**"])
     (tmp_path / "out/minutes.md").unlink()

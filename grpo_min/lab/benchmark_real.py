@@ -209,7 +209,8 @@ def measure(config, work, folder):
         batch = work["group_size"]
         theirs = {f"TRL GRPO, {batch} at a time": batch, f"TRL GRPO, {batch} at a time{KEPT}": batch,
                   f"TRL GRPO, {batch * work['prompts']} at a time": batch * work["prompts"]}
-    total = config.rounds * (len(texts) + 1) * (2 if theirs else 1) + len(work["memory"])
+    turns = 2 * len(texts) + 3 if theirs else len(texts) + 1
+    total = config.rounds * turns + len(work["memory"])
     start, done = time.perf_counter(), itertools.count()
 
     def say(what):

@@ -63,7 +63,8 @@ class CompareConfig:
     rewards: str = option("correct,learned", "what is rewarded, separated by commas: correct (arithmetic) or learned "
                           "(animals)")
     algorithms: str = option("GRPO,PPO,PPO 256x1", f"which to run, of {', '.join(ALGORITHMS)}; separated by commas")
-    seeds: int = option(1, "seeds of the RL stage: 1 to this number")
+    seeds: int = option(1, "how many seeds of the RL stage")
+    first_seed: int = option(1, "the first of them, and the critics' seed; the others follow")
     steps: int = option(0, "batches per run; 0: the default of each algorithm")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint that all start from")
     reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "checkpoint of the reward model")
@@ -95,8 +96,8 @@ def start(config, begin):
     make_folder(Path(config.run))
     futures = {}
     for reward in rewards:
-        runs = [(name, seed) for seed in range(1, config.seeds + 1) for name in algorithms
-                if name != "DPO" or reward == "learned"]
+        seeds = range(config.first_seed, config.first_seed + config.seeds)
+        runs = [(name, seed) for seed in seeds for name in algorithms if name != "DPO" or reward == "learned"]
         # The critic first, and meanwhile what does not wait for it. The longest runs are not the last.
         started = {"critic": begin(train_critic, config, reward)} if set(LEARNED_VALUES) & set(algorithms) else {}
         started["sft"] = begin(sft_record, config, reward)
@@ -140,7 +141,8 @@ def shared_settings(config, name, reward, **more):
 
 def train_critic(config, reward):
     """Train PPO's critic for this reward -> its checkpoint, and what it explains and has cost."""
-    settings = critic.CriticConfig(**shared_settings(config, "critic", reward, **CRITICS[reward]))
+    settings = critic.CriticConfig(**shared_settings(config, "critic", reward, **CRITICS[reward],
+                                                     seed=config.first_seed))
     settings.lr *= config.lr_factor
     _, figures, rows = train_or_reuse(critic.train, settings)
     return dict(figures, **critic.costs(settings, rows), checkpoint=f"{settings.run}/checkpoint.pt")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grpo_min.lab.report import machine
 from grpo_min.lab.studies import (baselines, countdown, coverage, credit, critic, forgetting, gradients, group_size,
-                                  is_rl_needed, kl, length, noise, overoptimisation, placebo, real, recipes,
+                                  is_rl_needed, kl, length, luck, noise, overoptimisation, placebo, real, recipes,
                                   recipes_one_update, threads, tuning)
 from grpo_min.lab.studies.common import StudyConfig, table, write_study
 from grpo_min.run.config import parse, pick_device, require, run_command
@@ -15,7 +15,7 @@ IN_ALL = {"baselines": baselines, "group_size": group_size, "recipes": recipes, 
           "gradients": gradients, "recipes_one_update": recipes_one_update, "is_rl_needed": is_rl_needed,
           "critic": critic, "credit": credit, "noise": noise, "overoptimisation": overoptimisation, "kl": kl,
           "countdown": countdown, "coverage": coverage, "placebo": placebo, "forgetting": forgetting}
-STUDIES = {"tuning": tuning, **IN_ALL, "threads": threads, "real": real}
+STUDIES = {"tuning": tuning, **IN_ALL, "luck": luck, "threads": threads, "real": real}
 
 
 def run_all(config):
