@@ -8,7 +8,6 @@ import pytest
 
 from grpo_min.lab import compare
 from grpo_min.lab.studies import luck
-from grpo_min.run.checkpoint import load_checkpoint
 from grpo_min.run.files import DATA
 
 
@@ -35,14 +34,15 @@ def test_luck_to_the_end(tmp_path, run_study, monkeypatch):
         (varied, seed) for varied in (luck.EVERY, luck.REWARD, luck.RL) for seed in "123"]
     assert "| every stage: right, GRPO | 40.0% | 30.0% | 50.0% |" in text
     assert "| every stage: reward model agrees | 82.0% | 81.0% | 83.0% |" in text
-    ways = {varied: [float(row[luck.WAY]) for row in rows if row["varied"] == varied] for varied in (luck.REWARD, luck.RL)}
+    ways = {}
+    for varied in luck.REWARD, luck.RL:
+        ways[varied] = [float(row[luck.WAY]) for row in rows if row["varied"] == varied]
     for varied, (first, *others) in ways.items():
         assert first == pytest.approx(0.3) and len(set(others)) == 2, "seed 1 is the main job's"
         assert f"| {varied}: {luck.WAY} | {np.median(ways[varied]):.1%} |" in text
     folder, = (tmp_path / "runs").glob("**/luck-1")
-    settings = {path.parent.relative_to(folder).as_posix(): load_checkpoint(path)["settings"]
-                for path in folder.glob("luck*/**/checkpoint.pt")}
-    assert {name: each["seed"] for name, each in settings.items()} == {
+    assert {path.parent.relative_to(folder).as_posix(): json.loads(path.read_text())["seed"]
+            for path in folder.glob("luck*/**/config.json")} == {
         "luck/grpo-learned-2": 2, "luck/grpo-learned-3": 3, "luck-reward_model-2": 2, "luck-reward_model-3": 3,
         "luck-reward_model-2/compare/grpo-learned-1": 1, "luck-reward_model-3/compare/grpo-learned-1": 1}
 

@@ -47,6 +47,9 @@ class StudyConfig:
     overoptimisation    is a learned reward over-optimised
     kl                  how much KL penalty, and charged where
     countdown           does the loop learn a task of one's own
+    coverage            does RL add abilities, or sharpen what is there
+    placebo             what improves although nothing true is rewarded
+    forgetting          what is forgotten of the animals while learning arithmetic
     all                 those from baselines to forgetting, and the minutes of each
     luck                the main job with other seeds in every stage
     threads             the main job where other processes use the cores
