@@ -16,7 +16,6 @@ SFT = str(DATA / "checkpoints/sft.pt")
 # --- coverage -----------------------------------------------------------------------------------------------------
 
 def test_pass_at_k_by_hand_and_by_enumeration():
-    assert coverage.powers(128) == [1, 2, 4, 8, 16, 32, 64, 128] and coverage.powers(8) == [1, 2, 4, 8]
     assert coverage.pass_at([2], 4, 2) == pytest.approx(5 / 6)          # of six pairs one has two wrong answers
     assert coverage.pass_at([2, 0, 4], 4, 2) == pytest.approx((5 / 6 + 0 + 1) / 3)
     for k in 1, 3, 5:
@@ -44,7 +43,7 @@ def test_the_base_model_goes_on_with_a_text():
     config = StudyConfig(device="cpu", eval_prompts=20)
     tokenizer = coverage.trained(config, coverage.BASE, 0, 1).tokenizer
     assert tokenizer.encode_prompt("cows eat") == [tokenizer.end, *tokenizer.encode("cows eat")]
-    arithmetic, longer = coverage.count_right(config, False, coverage.BASE, 0, 1, 8)
+    arithmetic, longer = coverage.count_right(config, "", coverage.BASE, 0, 1, 8)
     assert len(arithmetic["right"]) == len(longer["right"]) == 20 and max(arithmetic["right"]) == 8
     assert np.mean(arithmetic["right"]) > 4 > 1 > np.mean(longer["right"]), "it has read no chain as long"
 

@@ -1,10 +1,10 @@
 """Does RL add abilities, or sharpen what is there? pass@k for k up to 128, before and after: with many samples a base
 model is said to overtake what RL made of it (Yue et al., 2504.13837).
 
-GRPO, PPO and filtered SFT from the same SFT weights, 40 steps of 16 prompts x 8 completions as in is_rl_needed; offline,
-it is fine-tuned on what a best of n by the true rule keeps. Asked are validation prompts of arithmetic and longer
-chains than were trained on, and Countdown, with the runs of the study countdown. pass@k of the SFT model is at once the
-best of k of its samples by the true rule. 5 seeds. Writes coverage.csv (a row per run), -curves.csv, .md and .png.
+GRPO, PPO and filtered SFT from the same SFT weights, with the runs of is_rl_needed. pass@k of the SFT model is at once
+the best of k by the true rule; filtered SFT, offline, is fine-tuned on what that rule keeps of its samples. Asked are
+validation prompts of arithmetic, longer chains than were trained on, and Countdown, with the runs of the study
+countdown. 5 seeds. Writes coverage.csv (a row per run), -curves.csv, .md and .png.
 """
 from datetime import date
 from pathlib import Path
@@ -26,7 +26,8 @@ from grpo_min.run.plots import finish, plt
 from grpo_min.task import load_task
 from grpo_min.tokenizer import Tokenizer
 
-BASE, AGAIN, COUNTDOWN = "base model", "SFT, sampled again", "Countdown"
+BASE, AGAIN = "base model", "SFT, sampled again"
+KINDS = ARITHMETIC, LONGER, COUNTDOWN = "arithmetic", "longer chains", "Countdown"      # of prompts
 PROMPTS, SAMPLES = 150, 128
 LABELS = {"prompts": ("asked", "{}"), "": ("setting", "{}")}
 NUMBERS = {f"pass@{k}": (f"pass@{k}", "{:.1%}") for k in (1, 4, 16, 64, 128)}
@@ -34,36 +35,31 @@ NUMBERS = {f"pass@{k}": (f"pass@{k}", "{:.1%}") for k in (1, 4, 16, 64, 128)}
 
 def study(config):
     steps, seeds, samples = config.steps or sized(config, 40, 3), seeds_of(config), sized(config, SAMPLES, 8)
-    methods = [AGAIN, GRPO, PPO, ONLINE, OFFLINE]
     run_jobs(config, countdown.fine_tune, [()])
-    jobs = [(False, method, seed, steps, samples) for method in methods for seed in seeds]
-    jobs += [(True, method, seed, steps, samples) for method in [AGAIN, GRPO] for seed in seeds]
-    jobs = [(False, BASE, 0, steps, samples), (False, SFT, 0, steps, samples), (True, SFT, 0, steps, samples), *jobs]
-    counted = sum(run_jobs(config, count_right, jobs), [])
-    counted.sort(key=lambda row: row["asked"] == COUNTDOWN)
+    jobs = [("", BASE, 0), ("", SFT, 0), (COUNTDOWN, SFT, 0)]
+    jobs += [("", method, seed) for method in [AGAIN, GRPO, PPO, ONLINE, OFFLINE] for seed in seeds]
+    jobs += [(COUNTDOWN, method, seed) for method in [AGAIN, GRPO] for seed in seeds]
+    counted = sum(run_jobs(config, count_right, [(*job, steps, samples) for job in jobs]), [])
+    counted.sort(key=lambda row: KINDS.index(row["asked"]))
     rows, curves = [], []
     for row in counted:
         label = {name: row[name] for name in ("asked", "setting", "seed")}
-        passed = {k: pass_at(row["right"], samples, k) for k in powers(samples)}
-        rows.append(dict(label, **{f"pass@{k}": share for k, share in passed.items()}))
-        curves += [dict(label, k=k, share=share) for k, share in passed.items()]
+        points = [dict(label, k=2 ** i, share=pass_at(row["right"], samples, 2 ** i))
+                  for i in range(samples.bit_length())]
+        rows.append(dict(label, **{f"pass@{point['k']}": point["share"] for point in points}))
+        curves += points
     numbers = {heading: number for heading, number in NUMBERS.items() if heading in rows[0]}
     lines = seed_table(LABELS, numbers, rows)
     lines += ["", f"Seeds 1 to {len(seeds)} of training and sampling: mean (lowest to highest). "
               f"{min(config.eval_prompts, PROMPTS)} prompts of a kind, {samples} samples each at temperature 1; pass@k "
               f"is the unbiased estimate (2107.03374). {steps} steps of 16 x 8 without a KL penalty; Countdown: GRPO "
-              "as in the study countdown, from its own SFT model. The base model, which knows no chat, goes on with the "
-              "prompt as a text, and what it says after its last \"is\" is its answer.", "",
+              "as in the study countdown, from its own SFT model. The base model, which knows no chat, goes on with "
+              "the prompt as a text, and what it says after its last \"is\" is its answer.", "",
               f"Prompts with no right answer among {samples} before and at least one after in most of the seeds, and "
-              "the reverse (Wilson intervals over prompts). What the SFT model gains and loses when it is sampled again "
-              "is luck.", "", *change_table(counted), "", f"{date.today()}."]
+              "the reverse (Wilson intervals over prompts). What the SFT model gains and loses when it is sampled "
+              "again is luck.", "", *change_table(counted), "", f"{date.today()}."]
     write_study(config, "coverage", lines, rows, curves)
     plot_coverage(curves, Path(config.out) / "coverage.png")
-
-
-def powers(samples):
-    """1, 2, 4, .. up to the number of samples."""
-    return [2 ** i for i in range(samples.bit_length())]
 
 
 def pass_at(right, samples, k):
@@ -87,24 +83,24 @@ def trained(config, method, seed, steps):
     return train_online(config, method, seed, steps)[0]
 
 
-def count_right(config, on_countdown, method, seed, steps, samples):
+def count_right(config, task, method, seed, steps, samples):
     """Train, and sample answers -> for each kind of prompts a row with the number of right answers to each prompt."""
-    if on_countdown:
+    if task == COUNTDOWN:
         prompts, reward = load_task(str(countdown.ROOT / countdown.TASK), "prompts", "reward")
         policy, _ = countdown.train(config, seed if method == GRPO else 0)
-        kinds, longest = [(COUNTDOWN, prompts, "val")], countdown.LENGTH["max_new_tokens"]
+        asked, longest = {COUNTDOWN: (prompts, "val")}, countdown.LENGTH["max_new_tokens"]
     else:
         policy, reward, longest = trained(config, method, seed, steps), correct, 40
-        kinds = [("arithmetic", "arithmetic", "val"), ("longer chains", "arithmetic", "longer")]
+        asked = {ARITHMETIC: ("arithmetic", "val"), LONGER: ("arithmetic", "longer")}
     rows = []
-    for asked, domain, split in kinds:
-        problems = held_out(domain, split, min(config.eval_prompts, PROMPTS))
+    for kind, which in asked.items():
+        problems = held_out(*which, min(config.eval_prompts, PROMPTS))
         texts, finished, _ = answers(policy, [row["prompt"] for row in problems], samples, 1.0, longest, seed, batch=16)
         if method == BASE:
             texts = list(map(last_value, texts))
         column = columns([row for row in problems for _ in range(samples)])
         scores = np.reshape(reward(column.pop("prompt"), texts, finished=finished, **column), (-1, samples))
-        rows.append(dict(asked=asked, setting=method, seed=seed, right=(scores == 1).sum(axis=1).tolist()))
+        rows.append(dict(asked=kind, setting=method, seed=seed, right=(scores == 1).sum(axis=1).tolist()))
     return rows
 
 

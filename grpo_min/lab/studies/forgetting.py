@@ -1,11 +1,11 @@
 """What is forgotten? The SFT model answers chains and questions about animals; it is trained on arithmetic alone, by RL
 and by fine-tuning, and at equal accuracy its answers about animals are judged by the gold score.
 
-RL is said to forget less, and the KL on the new task, from the old policy to the new one, to tell how much is forgotten,
-whatever the method (Shenfeld et al., 2509.04259). Fine-tuned is on the model's own right answers, on the demonstrations
-that think, and on the same in a shorthand that it has never written: " 9, 4</think> 4". RL: 40 steps of 16 prompts x 8
-completions as in is_rl_needed, watched on the way; fine-tuning: a run for each number of updates. 5 seeds, validation
-prompts. Writes forgetting.csv (a row per run), -curves.csv (a row per point), .md and .png.
+RL is said to forget less, and the KL on the new task, KL(old policy || new), to tell how much is forgotten, whatever
+the method (Shenfeld et al., 2509.04259). SFT is on the model's own right answers, on the demonstrations that think, and
+on these in a shorthand that it has never written: "<think> 9, 4</think> 4". RL: 40 steps of 16 prompts x 8 completions
+as in is_rl_needed, watched on the way; SFT: a run for each number of updates. 5 seeds, validation prompts. Writes
+forgetting.csv (a row per run), -curves.csv (a row per point), .md and .png.
 """
 import re
 from datetime import date
@@ -30,9 +30,10 @@ WATCHED = [2, 4, 6, 8, 10, 12, 16, 20, 30, 40]        # steps of RL
 UPDATES = [2, 4, 6, 8, 12, 20, 40, 80, 160, 320]      # of fine-tuning
 PROMPTS = 200
 LABELS = {"": ("setting", "{}")}
-NUMBERS = {"step or update": ("at", "{:.0f}"), "KL from the SFT model (nats)": ("kl_forward", "{:.2f}"),
-           "KL to it": ("kl", "{:.2f}"), "gold lost on animals": ("lost", "{:.2f}"),
-           "KL to it on animals": ("animals_kl", "{:.2f}"), "thinks about animals": ("animals_thinking", "{:.1%}"),
+NUMBERS = {"step or update": ("at", "{:.0f}"), "KL(SFT model, policy)": ("kl_forward", "{:.2f}"),
+           "KL(policy, SFT model)": ("kl", "{:.2f}"), "gold lost on animals": ("lost", "{:.2f}"),
+           "KL(policy, SFT model) on animals": ("animals_kl", "{:.2f}"),
+           "thinks about animals": ("animals_thinking", "{:.1%}"),
            "accuracy at the end": ("end_accuracy", "{:.1%}"), "gold lost": ("end_lost", "{:.2f}")}
 
 
@@ -43,11 +44,11 @@ def study(config):
     lines = seed_table(LABELS, NUMBERS, rows)
     lines += ["", f"Where the accuracy on arithmetic is {LEVEL:.0%} for the first time, by interpolation between the "
               f"points that were measured, and at the end. Seeds 1 to {len(seeds)}: mean (lowest to highest). "
-              f"{min(config.eval_prompts, PROMPTS)} validation prompts of each kind, 4 samples each; the SFT model has a gold score of "
-              f"{curves[0]['gold']:.2f}. KL from the SFT model is estimated on its samples, KL to it on those of the "
-              f"policy. One parabola through the points of all runs explains {explained(curves, 'kl_forward'):.0%} of "
-              f"the variance of the gold lost over the first, {explained(curves, 'kl'):.0%} over the second. No "
-              f"learning rate was tuned. {date.today()}."]
+              f"{min(config.eval_prompts, PROMPTS)} validation prompts of each kind, 4 samples each; the SFT model's "
+              f"gold score is {curves[0]['gold']:.2f}. KL(p, q) in nats, on arithmetic unless told, is estimated on p's "
+              "samples. One parabola through the points of all runs explains of the variance of the gold lost "
+              f"{explained(curves, 'kl_forward'):.0%} over KL(SFT model, policy) and {explained(curves, 'kl'):.0%} "
+              f"over KL(policy, SFT model). No learning rate was tuned. {date.today()}."]
     write_study(config, "forgetting", lines, rows, curves)
     plot_forgetting(rows, curves, Path(config.out) / "forgetting.png")
 
@@ -56,7 +57,8 @@ def follow(config, method, seed):
     """Train on arithmetic -> a row of what there is at LEVEL and at the end, and the points of the run."""
     label = dict(setting=method, seed=seed)
     points = [dict(label, at=0, **measure(config, load_sft(config)))]
-    points += [dict(label, **point) for point in (tuned if method in (OWN, THINKING, SHORTHAND) else watched)(config, method, seed)]
+    run = watched if method in (GRPO, PPO, ONLINE) else tuned
+    points += [dict(label, **point) for point in run(config, method, seed)]
     for point in points:
         point["lost"] = points[0]["gold"] - point["gold"]
     there = at_level(points, LEVEL, [key for key, _ in NUMBERS.values() if not key.startswith("end_")])
@@ -102,7 +104,7 @@ def shorthand(row):
 # --- measuring ----------------------------------------------------------------------------------------------------
 
 def measure(config, policy):
-    """Of a policy: accuracy, kl, kl_forward and more on arithmetic; gold, animals_kl and animals_thinking on animals."""
+    """Of a policy: accuracy, kl, kl_forward and more on arithmetic; gold, animals_kl and animals_thinking."""
     sft = load_sft(config)
     rows, animal_rows = (held_out(domain, "val", min(config.eval_prompts, PROMPTS)) for domain in
                          ("arithmetic", "animals"))
@@ -131,14 +133,13 @@ def explained(points, name):
     kl, lost = (np.array([point[key] for point in points]) for key in (name, "lost"))
     x = np.stack([kl, kl ** 2], axis=1)  # (points, 2)
     left = lost - x @ np.linalg.lstsq(x, lost, rcond=None)[0]
-    return float(1 - (left ** 2).sum() / max(((lost - lost.mean()) ** 2).sum(), 1e-12))
+    return float(1 - (left ** 2).sum() / ((lost - lost.mean()) ** 2).sum())
 
 
 def plot_forgetting(rows, curves, path):
     """Gold lost over both KLs: each point of each run, and, ringed, where the accuracy is LEVEL."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.6))
-    for axis, (name, label) in zip(axes, [("kl_forward", "KL from the SFT model to the policy"),
-                                          ("kl", "KL from the policy to the SFT model")]):
+    for axis, (name, label) in zip(axes, [("kl_forward", "KL(SFT model, policy)"), ("kl", "KL(policy, SFT model)")]):
         for (setting,), points in grouped(curves, "setting").items():
             dots, = axis.plot([point[name] for point in points], [point["lost"] for point in points], ".", alpha=0.6,
                               label=setting)

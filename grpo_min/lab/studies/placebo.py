@@ -61,8 +61,8 @@ def study(config):
     lines += ["", f"{steps} steps of {Q} prompts x {G} completions, seeds 1 to {len(seeds)}: mean (lowest to highest). "
               f"Without a KL penalty. {config.eval_prompts} validation prompts, 4 samples each; KL to the SFT model. "
               "Form: 1 for <think>some</think>thing, whatever it says. Length: tokens / "
-              f"{LONGEST}; longer completions are cut and then not right. Clipped: tokens whose ratio is outside 0.8 to "
-              f"1.2, mean of the steps; without the clip none counts. {date.today()}."]
+              f"{LONGEST}; longer completions are cut and then not right. Clipped: tokens whose ratio is outside 0.8 "
+              f"to 1.2, mean of the steps; without the clip none counts. {date.today()}."]
     write_study(config, "placebo", lines, rows, curves)
     plot_placebo(curves, rows[0], Path(config.out) / "placebo.png")
 
