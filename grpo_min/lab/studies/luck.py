@@ -108,9 +108,11 @@ def other_reward_model(config, first, seed):
 def plot_luck(rows, path):
     """Each run as a dot: accuracy on arithmetic, the way on the animals, the way over how the reward model agrees."""
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.4))
-    jobs = [row for row in rows if row["varied"] == EVERY]
-    plot_seeds(axes[0], {name: [row[name] for row in jobs] for name in FIGURES if name.startswith("right")},
-               dict.fromkeys(FIGURES, "C0"))
+    right = {}
+    for name in FIGURES:
+        if name.startswith("right"):
+            right[name] = [row[name] for row in rows if row["varied"] == EVERY]
+    plot_seeds(axes[0], right, dict.fromkeys(right, "C0"))
     axes[0].set(xlabel="accuracy on arithmetic, seeds of every stage")
     plot_seeds(axes[1], column_by(rows, "varied", WAY), {EVERY: "C0", REWARD: "C1", RL: "C2"})
     axes[1].set(xlabel=WAY + ", by what is varied")
