@@ -39,7 +39,7 @@ def test_gains_and_losses_are_told_for_each_kind_of_prompts():
 
 
 def test_the_base_model_goes_on_with_a_text():
-    assert coverage.last_value(" 3 plus 4 is 7, 7 minus 2 is 5.") == "5" and coverage.last_value(" 12.") == "12"
+    assert coverage.last_value(" 3 plus 4 is 7, 7 minus 2 is 5.") == "5" and coverage.last_value(" 12.") == " 12"
     config = StudyConfig(device="cpu", eval_prompts=20)
     tokenizer = coverage.trained(config, coverage.BASE, 0, 1).tokenizer
     assert tokenizer.encode_prompt("cows eat") == [tokenizer.end, *tokenizer.encode("cows eat")]

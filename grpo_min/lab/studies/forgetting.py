@@ -45,8 +45,8 @@ def study(config):
     lines += ["", f"Where the accuracy on arithmetic is {LEVEL:.0%} for the first time, by interpolation between the "
               f"points that were measured, and at the end. Seeds 1 to {len(seeds)}: mean (lowest to highest). "
               f"{min(config.eval_prompts, PROMPTS)} validation prompts of each kind, 4 samples each; the SFT model's "
-              f"gold score is {curves[0]['gold']:.2f}. KL(p, q) in nats, on arithmetic unless told, is estimated on p's "
-              "samples. One parabola through the points of all runs explains of the variance of the gold lost "
+              f"gold score is {curves[0]['gold']:.2f}. KL(p, q) in nats, on arithmetic unless told, is estimated on "
+              "samples of p. One parabola through the points of all runs explains of the variance of the gold lost "
               f"{explained(curves, 'kl_forward'):.0%} over KL(SFT model, policy) and {explained(curves, 'kl'):.0%} "
               f"over KL(policy, SFT model). No learning rate was tuned. {date.today()}."]
     write_study(config, "forgetting", lines, rows, curves)
