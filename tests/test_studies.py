@@ -64,7 +64,7 @@ def test_all_studies_one_after_the_other(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "study", lambda config, name=name: names.append(name))
     words = ["all", "--run", str(tmp_path / "runs"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     command.main(words)
-    assert names == [name for name in command.STUDIES if name not in ("tuning", "luck", "threads", "real")] and len(names) == 16
+    assert names == list(command.IN_ALL) and len(names) == 16
     text = (tmp_path / "out/minutes.md").read_text()
     assert all(f"| {name} | 0.0 |" in text for name in [*names, "**all**"])
     (tmp_path / "out/minutes.md").unlink()

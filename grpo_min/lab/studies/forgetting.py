@@ -130,7 +130,7 @@ def at_level(points, level, names):
 def explained(points, name):
     """The share of the variance of the gold lost (R^2) that a parabola through the origin explains, of the KL `name`:
     least squares over all points."""
-    kl, lost = (np.array([point[key] for point in points]) for key in (name, "lost"))
+    kl, lost = np.array([(point[name], point["lost"]) for point in points]).T  # (points,) each
     x = np.stack([kl, kl ** 2], axis=1)  # (points, 2)
     left = lost - x @ np.linalg.lstsq(x, lost, rcond=None)[0]
     return float(1 - (left ** 2).sum() / ((lost - lost.mean()) ** 2).sum())

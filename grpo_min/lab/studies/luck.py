@@ -37,7 +37,7 @@ def study(config):
         for seed, figures in zip(jobs, [jobs[first], *reached]):
             rows.append(dict(varied=varied, seed=seed, **{**dict.fromkeys(jobs[first], ""), **figures}))
     lines = table(["", "median", "lowest", "highest"], spread_of(rows))
-    lines += ["", f"Seeds {first} to {[*jobs][-1]}; test prompts. Every stage: pretraining, SFT, reward model, critics, "
+    lines += ["", f"Seeds {first} to {max(jobs)}; test prompts. Every stage: pretraining, SFT, reward model, critics, "
               f"RL. Reward model, or RL, alone: the other stages have seed {first}; GRPO. {date.today()}."]
     write_study(config, "luck", lines, rows)
     plot_luck(rows, Path(config.out) / "luck.png")
