@@ -423,6 +423,67 @@ def demonstrations_alone():
     return [f"{share_of_gain('SFT for longer'):.0%}"]
 
 
+def passed(asked, k):
+    """{setting: pass@k of each seed} on this kind of prompts."""
+    return study("coverage", f"pass@{k}", asked=asked)
+
+
+@under("coverage", "On arithmetic RL moves to the first sample what the SFT model has within {}: {} of the first samples "
+       "are right after GRPO, {} before.")
+def moved_to_the_first_sample():
+    first = means(passed("arithmetic", 1))
+    enough = min(k for k in (16, 32, 64, 128) if np.mean(passed("arithmetic", k)["SFT"]) > 0.999)
+    return enough, percent(first["GRPO"]), percent(first["SFT"])
+
+
+@under("coverage", "On longer chains the saying holds: with one sample GRPO and the base model are near each other, {} "
+       "and {}, and with {} the base model has {}, the SFT model {}, and GRPO {}.")
+def overtaken_on_longer_chains():
+    one, many = (passed("longer chains", k) for k in (1, 128))
+    assert abs(np.mean(one["GRPO"]) - one["base model"][0]) < 0.02
+    assert max(many["GRPO"]) < many["base model"][0] < many["SFT"][0]
+    return (*(percent(np.mean(one[name])) for name in ("GRPO", "base model")), 128,
+            *(percent(np.mean(many[name])) for name in ("base model", "SFT", "GRPO")))
+
+
+@under("coverage", "Of {} such chains GRPO solves {} that the SFT model never does, and loses {}; PPO and fine-tuning on "
+       "right answers online do the same, offline less of it.")
+def gained_and_lost():
+    changed = {}
+    for asked, before, after, gained, lost in (row for row in table("coverage") if len(row) == 5):
+        if (asked, before) == ("longer chains", "SFT"):
+            changed[after] = [int(re.match(r"\d+", text)[0]) for text in (gained, lost)]
+            prompts = re.search(r"of (\d+),", gained)[1]
+    online = [changed[name] for name in ("GRPO", "PPO", "filtered SFT, online")]
+    assert all(gained <= 1 and lost > 90 for gained, lost in online)
+    assert changed["filtered SFT, offline"][0] <= 1 and 50 < changed["filtered SFT, offline"][1] < 80
+    return prompts, *changed["GRPO"]
+
+
+@under("coverage", "But an answer is one of {} numbers: who only guesses passes with {} samples in {} of the prompts. "
+       "Much of what is lost at large k may be guessing.")
+def guessing():
+    rows = [json.loads(line) for line in read(ROOT / "data/arithmetic_longer.jsonl").splitlines()]
+    numbers = len({row["answer"] for row in rows})
+    guess = 1 - (1 - 1 / numbers) ** 128
+    assert guess > passed("longer chains", 128)["SFT"][0]
+    return numbers, 128, percent(guess)
+
+
+@under("coverage", "On Countdown, where guessing is hard, GRPO is ahead up to {} samples and from {} on behind, {} against "
+       "{}.")
+def overtaken_on_countdown():
+    better, worse = [], []
+    for k in (2 ** i for i in range(8)):
+        share = passed("Countdown", k)
+        before, after = share["SFT"] + share["SFT, sampled again"], share["GRPO"]
+        better += [k] * (min(after) > max(before))
+        worse += [k] * (max(after) < min(before))
+    assert better == [2 ** i for i in range(len(better))] and worse[0] > better[-1]
+    share = passed("Countdown", worse[0])
+    return better[-1], worse[0], percent(np.mean(share["GRPO"])), percent(np.mean(share["SFT, sampled again"]))
+
+
 @under("group_size", "No group size beats the default, `16 x 8`, with every seed.")
 def no_group_size_is_better():
     accuracy = study("group_size", "accuracy")
