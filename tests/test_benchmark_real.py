@@ -4,6 +4,8 @@ is what it measured. On small random models; no time is asserted anywhere.
 import builtins
 import json
 import re
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -19,6 +21,7 @@ from grpo_min.lab import benchmark_real, report
 from grpo_min.lab.benchmark_real import QUICK, RealBenchmarkConfig, policy_of, sampling_products, steps_of, texts_of
 from grpo_min.real.lora import adapt
 from grpo_min.rollout import Prompts, sample
+from grpo_min.run import metrics
 from grpo_min.run.checkpoint import frozen_copy
 from grpo_min.run.config import UserError
 from tests import tiny
@@ -165,11 +168,33 @@ def test_a_quick_run_writes_table_figure_and_json(tmp_path, capsys):
     assert adapters["settings"] == dict(beta=0.01, microbatches=2, lora=8)
     for record in full, adapters:
         assert 100 < sum(record["state"].values()) + record["peak"] < 1e5
+        assert 100 < record["phases"]["sample"] <= max(record["phases"].values()) <= record["peak"]
+    assert full["phases"].keys() == {"sample", "score", "update"} < adapters["phases"].keys() - {"critic"}
     assert full["state"]["gradients"] == full["state"]["policy"] > 2 * adapters["state"]["gradients"]
     assert (tmp_path / "benchmark_real.png").stat().st_size > 5000
     told = capsys.readouterr().out
     assert text in told and "TRL" not in text and f"torch {torch.__version__}" in text
     assert re.search(r"5 of 5: memory of PPO .*, about \d+ s left", told)
+    again, _ = run(tmp_path, "--rounds", "0")
+    assert again["records"] == content["records"] and len(again["memory"]) == 2
+    assert "2 of 2: memory of PPO" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--rounds 0: .*benchmark_real.json, with steps, is not there"):
+        run(tmp_path / "elsewhere", "--rounds", "0")
+
+
+@pytest.mark.skipif(not metrics.STATUS.exists(), reason="Linux alone begins anew to look for a peak")
+def test_the_peak_of_a_phase_is_not_that_of_the_phase_before():
+    """In a process of its own: 200 MB that are gone do not count any more."""
+    script = """import torch
+from grpo_min.lab.benchmark_real import forget_peak
+from grpo_min.run.metrics import peak_memory_mb
+cpu = torch.device("cpu")
+torch.ones(50_000_000)
+high = peak_memory_mb(cpu)
+forget_peak(cpu)
+print(high - peak_memory_mb(cpu))"""
+    fallen = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    assert 150 < float(fallen) < 250
 
 
 def test_trl_does_the_same_work(tmp_path, monkeypatch):

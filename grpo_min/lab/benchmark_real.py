@@ -31,6 +31,7 @@ from grpo_min.model import autocast
 from grpo_min.real.export import export
 from grpo_min.real.llama import Llama, LlamaConfig
 from grpo_min.real.lora import adapt
+from grpo_min.run import metrics
 from grpo_min.run.checkpoint import load_model
 from grpo_min.run.config import option, parse, pick_device, require, require_positive, run_command
 from grpo_min.run.cores import keep_memory
@@ -59,7 +60,7 @@ class RealBenchmarkConfig:
     """Measure a real model: sampling against its matrix products, steps by phase as prompts grow, and memory."""
     sft: str = option("runs/smollm2/checkpoint.pt", "checkpoint of the policy, as grpo_min.real.load writes it")
     out: str = option("runs/benchmark_real", "folder to write benchmark_real.json, .md and .png into")
-    rounds: int = option(1, "turns of each kind")
+    rounds: int = option(1, "turns of each kind; 0: memory alone, beside the steps of the file in --out")
     steps: int = option(3, "steps per turn; the first is not counted")
     against: str = option("", "what else does the same work: trl", ["", "trl"])
     quick: bool = option(False, "a smoke test: a small random model in place of --sft, and little work")
@@ -193,11 +194,30 @@ def in_own_process(function, *arguments):
 
 def memory_of(config, work, name, length, texts, settings):
     """Take two steps -> megabytes that this process needed at most, with torch and all it imports (on CUDA: what was
-    allocated), and megabytes that are counted."""
+    allocated), at all and in each phase of the first step, and megabytes that are counted."""
+    device, lap, clocks, phases = pick_device(config.device), metrics.Clock.lap, [], {}
+
+    def lap_and_look(clock, phase):
+        lap(clock, phase)
+        clocks.append(clock)
+        peak = peak_memory_mb(device) or 0
+        phases["all"] = max(peak, phases.get("all", 0))
+        if clock is clocks[0]:              # later, memory is kept from one phase to the next
+            phases[phase] = max(peak, phases.get(phase, 0))
+        forget_peak(device)
+    metrics.Clock.lap = lap_and_look
     row = steps_of(replace(config, steps=2), work, name, length, texts, **settings)[-1]
-    return dict(name=name, settings={**UNLESS_SAID, **settings},
-                state={part: size / 2**20 for part, size in row["state"].items()},
-                peak=peak_memory_mb(pick_device(config.device)))
+    metrics.Clock.lap = lap
+    return dict(name=name, settings={**UNLESS_SAID, **settings}, peak=phases.pop("all"), phases=phases,
+                state={part: size / 2**20 for part, size in row["state"].items()})
+
+
+def forget_peak(device):
+    """Begin anew to look for the peak of memory; where that cannot be done, phases have the peak so far."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def measure(config, work, folder):
@@ -231,6 +251,8 @@ def measure(config, work, folder):
     for name, settings in work["memory"]:
         say(f"memory of {name} {settings or ''}")
         memory += [in_own_process(memory_of, config, work, name, shortest, texts[shortest], settings)]
+    if config.rounds == 0:
+        return json.loads((Path(config.out) / "benchmark_real.json").read_text(encoding="utf-8"))["records"], memory
     return [record_of(*key, taken, alone[key[1]]) for key, taken in rows.items()], memory
 
 
@@ -272,13 +294,14 @@ def tables(records, memory):
             lines += table_row([f"{length}", f"{ours:.3f}", f"{theirs:.3f}", f"{theirs / ours:.2f}"])
     parts = list(max((record["state"] for record in memory), key=len))
     lines += ["", *table_row(["", "weights", "microbatches", "beta", *(f"{part} (MB)" for part in parts),
-                              "counted (MB)", "peak (MB)"])] + table_row(["---"] * (6 + len(parts)))
+                              "counted (MB)", *(f"peak in {phase} (MB)" for phase in PHASES), "peak (MB)"])]
+    lines += table_row(["---"] * (6 + len(parts) + len(PHASES)))
     for record in memory:
         settings, state = record["settings"], record["state"]
         lines += table_row([record["name"], f"LoRA, rank {settings['lora']}" if settings["lora"] else "all",
                             f"{settings['microbatches']}", f"{settings['beta']}",
                             *(f"{state.get(part, 0):.0f}" for part in parts), f"{sum(state.values()):.0f}",
-                            f"{record['peak'] or 0:.0f}"])
+                            *(f"{record['phases'].get(phase, 0):.0f}" for phase in PHASES), f"{record['peak']:.0f}"])
     return "\n".join([*lines, ""])
 
 
@@ -299,7 +322,8 @@ def plot(records, path):
 
 def main(argv=None):
     config = parse(RealBenchmarkConfig, argv)
-    require_positive(config, "rounds")
+    kept = Path(config.out) / "benchmark_real.json"
+    require(config.rounds > 0 or kept.exists(), f"--rounds {config.rounds}: {kept}, with steps, is not there")
     require(config.steps >= 2, "--steps must be at least 2, since the first is not counted")
     device, out, work = pick_device(config.device), Path(config.out), QUICK if config.quick else WORK
     if config.against:
@@ -316,7 +340,8 @@ def main(argv=None):
     text = tables(records, memory) + "\n" + (
         f"{model}: {work['prompts']} prompts x {work['group_size']} completions x {work['new']} tokens; steps without "
         "KL penalty, in 2 microbatches. Median (lowest to highest). Memory: of a process with the shortest prompts, "
-        f"with torch and all it imports; 1 MB is 2^20 bytes. {', '.join([*where, str(date.today())])}.\n")
+        "with torch and all it imports, in the phases of its first step, and in two; 1 MB is 2^20 bytes. "
+        f"{', '.join([*where, str(date.today())])}.\n")
     save_file(out / "benchmark_real.md", text.encode())
     plot(records, out / "benchmark_real.png")
     print(text)
