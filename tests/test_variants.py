@@ -413,7 +413,8 @@ def test_surrogate_and_penalty_are_divided_alike_and_by_all_tokens(aggregation, 
     length = rollouts[0][1].mask.sum(1).double()                                        # (12,)
     assert length.min() < length.max()
     divisor = {"sum": torch.ones(12), "sequence": length, "token": length.mean().expand(12),
-               "prompt": length.view(4, 3).mean(1).repeat_interleave(3), "constant": torch.full((12,), 6.0)}[aggregation]
+               "prompt": length.view(4, 3).mean(1).repeat_interleave(3),
+               "constant": torch.full((12,), 6.0)}[aggregation]
     advantages = torch.tensor([0.0] * 6 + [-2, -1, 3, -1, -1, 2])
     expected = ((beta * 0.3 - advantages) * length / divisor).mean().item()
     assert row["loss"] == pytest.approx(expected, abs=1e-5)
