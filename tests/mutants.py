@@ -102,6 +102,9 @@ MUTANTS = [Mutant(*row) for row in [
     (2, "variants", "change = ((logprobs - old_logprobs) * mask).sum(dim=1, keepdim=True)",
      "change = (logprobs - old_logprobs).sum(dim=1, keepdim=True)",
      "variants::sequence_ratio_is_each_completions_own"),
+    (2, "variants", "log_w = ((logprobs - old_logprobs) * mask).sum(dim=1, keepdim=True).detach()",
+     "log_w = (logprobs - old_logprobs).sum(dim=1, keepdim=True).detach()",
+     "variants::vespo_by_hand"),
     (2, "ppo", "return 0.5 * (error * mask).sum(dim=1).mean()", "return 0.5 * error.sum(dim=1).mean()",
      "algorithms::value_loss_by_hand"),
 
@@ -189,6 +192,12 @@ MUTANTS = [Mutant(*row) for row in [
     (7, "variants", "numbers = [q * G + g for q in equal for g in range(G)]",
      "numbers = [q + g * len(groups) for q in equal for g in range(G)]",
      "variants::groups_of_equals_are_replaced_until_the_batch_is_full"),
+    (7, "variants", "return group_advantages(rewards, group_size) / (rewards.std() + 1e-4)",
+     "return group_advantages(rewards, len(rewards)) / (rewards.std() + 1e-4)",
+     "variants::advantages_by_hand[batch_scaled-expected5]"),
+    (7, "variants", "tokens = mask.sum(dim=1).view(-1, group_size).sum(dim=1)",
+     "tokens = mask.sum(dim=1).view(group_size, -1).sum(dim=0)",
+     "variants::prompts_count_alike_however_long_their_completions_are"),
 
     (8, "grpo", "groups = rewards.cpu().double().view(-1, group_size)", "groups = rewards.view(-1, group_size)",
      "algorithms::equal_rewards_have_advantages_of_exactly_zero"),
@@ -207,6 +216,11 @@ MUTANTS = [Mutant(*row) for row in [
     (9, "variants", "bound = torch.where(advantages > 0, high, low)",
      "bound = torch.where(advantages < 0, high, low)",
      "variants::clip_higher_by_hand"),
+    (9, "variants", "tau = 1 + 0.05 * (advantages <= 0).to(ratio)", "tau = 1 + 0.05 * (advantages > 0).to(ratio)",
+     "variants::sapo_by_hand"),
+    (9, "variants", "log_ratio = log_ratio.clamp(max=math.log(config.clip_max))",
+     "log_ratio = log_ratio.clamp(min=-math.log(config.clip_max))",
+     "variants::two_sided_clip_by_hand"),
 
     (10, "grpo", "ratio = (logprobs - old_logprobs).exp()",
      "ratio = ((logprobs - old_logprobs) * mask).sum(dim=1, keepdim=True).exp().expand_as(logprobs)",
@@ -216,6 +230,9 @@ MUTANTS = [Mutant(*row) for row in [
     (10, "variants", "log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask)",
      "log_ratio = sequence_log_ratio(logprobs, old_logprobs, mask) * mask.sum(dim=1, keepdim=True)",
      "variants::sequence_ratio_by_hand"),
+    (10, "variants", "log_w = ((logprobs - old_logprobs) * mask).sum(dim=1, keepdim=True).detach()",
+     "log_w = sequence_log_ratio(logprobs, old_logprobs, mask).detach()",
+     "variants::vespo_by_hand"),
 
     (11, "grpo", "log_ratio = ref_logprobs - logprobs", "log_ratio = logprobs - ref_logprobs",
      "algorithms::kl_estimates_by_hand"),
@@ -225,6 +242,9 @@ MUTANTS = [Mutant(*row) for row in [
     (11, "ppo", "charged = rollout.at_last_token(rewards) - charge",
      "charged = rollout.at_last_token(rewards) + charge",
      "loops::kl_in_the_reward_is_charged_once[1-ppo]"),
+
+    (11, "variants", "penalty = penalty * log_ratio.exp()", "penalty = penalty * log_ratio.exp().detach()",
+     "exact::the_unbiased_kl_has_the_gradient_of_the_kl"),
 
     (12, "grpo", "return torch.expm1(log_ratio) - log_ratio", "return -log_ratio",
      "exact::gradients_of_the_kl"),
@@ -414,6 +434,8 @@ MUTANTS = [Mutant(*row) for row in [
     (24, "lab/compare", "weights = path.with_name(\"checkpoint.pt\")", "weights = path.with_name(\"nowhere\")",
      "brought::an_evaluation_belongs_to_its_weights"),
 
+    (25, "variants", "rewards = groups.where(judged, mean.nan_to_num()).flatten()", "rewards = groups.flatten()",
+     "variants::what_was_not_judged_has_the_mean_of_its_group_after_the_penalty_too"),
     (25, "rewards", "mean = groups.nanmean(dim=1, keepdim=True).nan_to_num()",
      "mean = groups.nan_to_num().mean(dim=1, keepdim=True)", "brought::what_is_not_judged_is_left_out_by_hand"),
     (25, "rewards", "rollout.mask &= judged.view(-1, 1).to(rollout.mask.device)", "rollout.mask &= True",

@@ -12,6 +12,7 @@ import torch
 
 from grpo_min import grpo, ppo
 from grpo_min.rollout import Rollout
+from grpo_min.variants import VariantConfig, make_loss
 
 LETTERS, END, LONGEST = (0, 1), 2, 3       # tokens 0 and 1 go on, 2 ends
 STATES = [state for n in range(LONGEST) for state in itertools.product(LETTERS, repeat=n)]       # 1 + 2 + 4 prefixes
@@ -298,6 +299,47 @@ def test_gradients_of_the_kl(logits, reference):
         assert angle(found, exact) > 5, name
 
 
+def off_policy(logits, old, reference, kind, entropy_coef=0.0):
+    """The expected gradient of make_loss's penalty, with beta = 1 and no advantages, where `old` has sampled."""
+    logprobs, old_logprobs, zeros = logprobs_of(logits), logprobs_of(old).detach(), torch.zeros(1, LONGEST)
+    loss = make_loss(VariantConfig(kl=kind, entropy_coef=entropy_coef))
+    penalty = grpo.kl_estimate(logprobs, logprobs_of(reference), kind) * (entropy_coef == 0)             # (C, 3)
+    of_each = torch.stack([loss(logprobs[c:c + 1], old_logprobs[c:c + 1], zeros, MASK[c:c + 1], None,
+                                penalty[c:c + 1]) for c in range(C)])                                    # (C,)
+    return torch.autograd.grad((probabilities(old).detach() * of_each).sum(), logits)[0]
+
+
+def where_visited(old, per_state, logits):
+    """The gradient of the mean of per_state (states,) over the states that `old` visits, which are held."""
+    visits = probabilities(old).detach()[:, None] * MASK                                                 # (C, 3)
+    return torch.autograd.grad((visits * per_state[AT]).sum(), logits)[0]
+
+
+@pytest.mark.parametrize("seed", [3, 8], ids=["on-policy", "off-policy"])
+def test_the_unbiased_kl_has_the_gradient_of_the_kl(logits, reference, seed):
+    """k3 times the ratio: at every state visited, exactly the gradient of KL(policy || reference), whoever sampled. k2
+    has it if the policy itself sampled, k3 never. Where visits lead is left to the KL in the reward, as with all."""
+    old = torch.randn(len(STATES), 3, generator=torch.Generator().manual_seed(seed))
+    policy, other = logits.log_softmax(-1), reference.log_softmax(-1)
+    exact = where_visited(old, (policy.exp() * (policy - other)).sum(-1), logits)
+    found = {kind: off_policy(logits, old, reference, kind) for kind in ("k2", "k3", "unbiased")}
+    assert (found["unbiased"] - exact).abs().max() < 1e-12
+    assert (found["k2"] - exact).abs().max() < 1e-12 if seed == 3 else angle(found["k2"], exact) > 5
+    assert angle(found["k3"], exact) > 5
+    if seed == 3:
+        assert (exact - at_held_states(logits, reference, "forward")).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("seed", [3, 8], ids=["on-policy", "off-policy"])
+def test_the_entropy_bonus_has_the_gradient_of_the_entropy(logits, reference, seed):
+    """-log pi times the ratio: at every state visited the gradient of the entropy, times minus its coefficient."""
+    old = torch.randn(len(STATES), 3, generator=torch.Generator().manual_seed(seed))
+    policy = logits.log_softmax(-1)
+    exact = where_visited(old, -(policy.exp() * policy).sum(-1), logits)
+    assert (off_policy(logits, old, reference, "k3", 0.7) + 0.7 * exact).abs().max() < 1e-12
+    assert exact.abs().max() > 0.01
+
+
 def test_gradients_of_the_kl_over_a_single_token(logits, reference):
     """Where no state leads to another, the loss forms are exact, each for its own direction of the KL."""
     policy, other = logits[0].log_softmax(-1), reference[0].log_softmax(-1)
@@ -308,7 +350,9 @@ def test_gradients_of_the_kl_over_a_single_token(logits, reference):
     forward, reverse = gradient((p * (policy - other)).sum()), gradient((other.exp() * (other - policy)).sum())
     loss = {kind: gradient((p.detach() * grpo.kl_estimate(policy, other, kind)).sum()) for kind in ("k1", "k2", "k3")}
     charged = gradient((p * grpo.kl_estimate(policy, other, "k1").detach()).sum())
+    ratio = (policy - policy.detach()).exp()
+    unbiased = gradient((p.detach() * ratio * grpo.kl_estimate(policy, other, "k3")).sum())
     for found, expected in [(loss["k1"], 0 * forward), (loss["k2"], forward), (loss["k3"], reverse),
-                            (charged, forward)]:
+                            (charged, forward), (unbiased, forward)]:
         assert (found - expected).abs().max() < 1e-12
     assert angle(forward, reverse) > 5

@@ -24,16 +24,18 @@ from tests.test_loops import crash, state, stop_at
 from tests.tiny import PAD, assert_same_run, letter_e, settings
 
 REWARDS = torch.tensor([1.0, 2, 6, 0, 0, 3])          # two groups of three
-RATIOS = "token", "sequence", "cispo"
+RATIOS = "token", "sequence", "cispo", "sapo", "vespo"
 DEFAULTS = dataclasses.asdict(VariantConfig())
 pytestmark = pytest.mark.usefixtures("no_curves")
 
 
-def loss_of(ratio="token", aggregation="sum", low=0.2, high=0.0, longest=1, clipped=None):
-    """A loss with these parts, with no clip_eps to be told: its own bounds are meant."""
-    loss = make_loss(VariantConfig(ratio=ratio, aggregation=aggregation, clip_eps=low, clip_eps_high=high,
-                                   max_new_tokens=longest), clipped)
-    return lambda logprobs, old, advantages, mask, *penalty: loss(logprobs, old, advantages, mask, None, *penalty)
+def loss_of(ratio="token", aggregation="sum", low=0.2, high=0.0, longest=1, clipped=None, group=None, **more):
+    """A loss with these parts, with no clip_eps to be told: its own bounds are meant. group None: all are one."""
+    def loss(logprobs, old, advantages, mask, *penalty):
+        config = VariantConfig(ratio=ratio, aggregation=aggregation, clip_eps=low, clip_eps_high=high,
+                               max_new_tokens=longest, group_size=group or len(mask), **more)
+        return make_loss(config, clipped)(logprobs, old, advantages, mask, None, *penalty)
+    return loss
 
 
 # --- advantages ---------------------------------------------------------------------------------------------------
@@ -44,6 +46,7 @@ def loss_of(ratio="token", aggregation="sum", low=0.2, high=0.0, longest=1, clip
                       -1 / (3 ** 0.5 + 1e-4), -1 / (3 ** 0.5 + 1e-4), 2 / (3 ** 0.5 + 1e-4)]),  # mean 1, squares 6 / 2
     ("leave_one_out", [1 - 4, 2 - 3.5, 6 - 1.5, 0 - 1.5, 0 - 1.5, 3 - 0]),
     ("batch", [(r - 2) / (5.2 ** 0.5 + 1e-4) for r in (1, 2, 6, 0, 0, 3)]),                     # mean 2, squares 26 / 5
+    ("batch_scaled", [A / (5.2 ** 0.5 + 1e-4) for A in (-2, -1, 3, -1, -1, 2)]),
     ("none", [1, 2, 6, 0, 0, 3]),
 ])
 def test_advantages_by_hand(name, expected):
@@ -59,7 +62,7 @@ def test_leave_one_out_is_the_group_means_advantage_times_g_over_g_minus_1(G):
 
 
 @pytest.mark.parametrize("scale", [False, True])
-@pytest.mark.parametrize("name", ["mean", "leave_one_out", "batch"])
+@pytest.mark.parametrize("name", ["mean", "leave_one_out", "batch", "batch_scaled"])
 def test_equal_rewards_have_advantages_of_exactly_zero(name, scale):
     assert torch.equal(ADVANTAGES[name](torch.tensor([0.7] * 12), 12, scale), torch.zeros(12))
 
@@ -82,6 +85,7 @@ def test_rewards_that_make_no_groups_are_refused(name, count, group_size):
     ("sum", -(2 - 12) / 2, (-2 / 2, 4 / 2)),
     ("sequence", -(2 - 4) / 2, (-2 / 2, 4 / 2 / 3)),
     ("token", -(2 - 12) / 4, (-2 / 4, 4 / 4)),
+    ("prompt", -(2 - 12) / 4, (-2 / 4, 4 / 4)),             # of one group
     ("constant", -(2 - 12) / 2 / 10, (-2 / 2 / 10, 4 / 2 / 10)),
 ])
 def test_aggregations_by_hand(name, loss, gradients):
@@ -90,6 +94,14 @@ def test_aggregations_by_hand(name, loss, gradients):
     found = loss_of("token", name, longest=10)(logprobs, torch.zeros(2, 3), advantages, mask)
     found.backward()
     assert close(found, loss) and close(logprobs.grad, torch.tensor(gradients)[:, None] * mask)
+
+
+def test_prompts_count_alike_however_long_their_completions_are():
+    """Groups of 1 and 3 tokens and of 2 and 6: with A = 1 a token counts 1 / 4 and 1 / 8 of a group, 1 / 2 of that."""
+    logprobs, mask = torch.zeros(4, 6, requires_grad=True), ragged([1, 3, 2, 6])
+    loss = loss_of(aggregation="prompt", group=2)(logprobs, torch.zeros(4, 6), torch.ones(4, 6), mask)
+    loss.backward()
+    assert close(loss, -1) and close(logprobs.grad, -torch.tensor([[4.0], [4], [8], [8]]).reciprocal() / 2 * mask)
 
 
 @pytest.mark.parametrize("ratio", RATIOS)
@@ -102,7 +114,7 @@ def test_with_equal_lengths_aggregations_differ_by_a_constant_alone(ratio):
         loss = loss_of(ratio, name, longest=4)(leaf, old, advantages, mask)
         loss.backward()
         found[name] = torch.cat([loss.detach().view(1), leaf.grad.flatten()])
-    for name in "sequence", "token", "constant":
+    for name in set(AGGREGATIONS) - {"sum"}:
         assert close(found[name], found["sum"] / 4, 1e-12), name
     assert found["sum"].abs().max() > 0.1
 
@@ -194,23 +206,83 @@ def test_cispo_by_hand(advantage):
 
 @pytest.mark.parametrize("aggregation", AGGREGATIONS)
 def test_at_ratio_one_all_ratios_have_the_gradient_of_the_policy(aggregation):
-    """Tokens' ratios and CISPO: A d log pi. GSPO: A d (mean of log pi), which summed over the tokens is the same."""
+    """Tokens' ratios, CISPO, SAPO, VESPO: A d log pi. GSPO: A d (mean of log pi), summed over tokens the same."""
     mask, found = ragged([1, 4, 2]), {}
     advantages = torch.tensor([[1.0], [-2.0], [3.0]]).double().expand(3, 4)
     for ratio in RATIOS:
         logprobs = torch.randn(3, 4, generator=torch.Generator().manual_seed(5)).double().requires_grad_()
         loss_of(ratio, aggregation, 3e-4, longest=4)(logprobs, logprobs.detach(), advantages, mask).backward()
         found[ratio] = logprobs.grad
-    divisor = {"sum": 1, "sequence": torch.tensor([[1], [4], [2]]), "token": 7 / 3,
+    divisor = {"sum": 1, "sequence": torch.tensor([[1], [4], [2]]), "token": 7 / 3, "prompt": 7 / 3,
                "constant": 4}[aggregation]
     for ratio in RATIOS:
         assert close(found[ratio], -advantages * mask / 3 / divisor), ratio
 
 
 def test_away_from_ratio_one_the_ratios_differ():
-    found = {ratio: of_one_row(ratio, [0.5, 1.1, 1.5], 2.0, aggregation="sum")[1] for ratio in RATIOS}
+    found = {ratio: of_one_row(ratio, [0.5, 1.1, 1.5], 2.0, aggregation="sum")[1] for ratio in RATIOS[:3]}
     assert close(found["token"], [-0.5 * 2, -1.1 * 2, 0]) and close(found["cispo"], [-0.8 * 2, -1.1 * 2, -1.2 * 2])
     assert close(found["sequence"], [-2 * (0.5 * 1.1 * 1.5) ** (1 / 3)] * 3)
+
+
+@pytest.mark.parametrize("advantage, tau", [(2.0, 1.0), (-2.0, 1.05)])
+def test_sapo_by_hand(advantage, tau):
+    """f = 4 / tau sigmoid(tau (r - 1)), and df / d log pi = 4 s (1 - s) r; at r = 1 that is 1."""
+    ratios = [0.5, 1.0, 3.0]
+    gates = [1 / (1 + math.exp(-tau * (r - 1))) for r in ratios]
+    loss, gradient = of_one_row("sapo", ratios, advantage, aggregation="sum")
+    assert loss == pytest.approx(-advantage * sum(4 / tau * s for s in gates), rel=1e-6)
+    assert close(gradient, [-advantage * 4 * s * (1 - s) * r for s, r in zip(gates, ratios)])
+    assert gradient[1].item() == pytest.approx(-advantage) and gradient.abs().min() > 0, "no token is left out"
+
+
+@pytest.mark.parametrize("advantage, k, decay", [(2.0, 2, 3), (-2.0, 3, 2), (0.0, 2, 3)])
+def test_vespo_by_hand(advantage, k, decay):
+    """The completion's ratio is 0.5 x 1.5 = 0.75, no root is drawn; w^k e^(lambda (1 - w)) weighs log pi."""
+    weight = 0.75 ** k * math.exp(decay * 0.25)
+    loss, gradient = of_one_row("vespo", [0.5, 1.5], advantage, aggregation="sum")
+    assert close(gradient, [-weight * advantage] * 2)
+    assert loss == pytest.approx(-weight * advantage * math.log(0.75))
+    zeros, mask = torch.zeros(1, 3), ragged([2], 3)
+    logprobs = torch.tensor([[0.5, 1.5, 9]]).log()
+    assert close(variants.vespo_weight(logprobs, zeros, zeros + advantage, mask), torch.full((1, 3), weight))
+    for log_w in -1000.0, 1000.0:
+        assert torch.equal(variants.vespo_weight(zeros + log_w, zeros, zeros + advantage, mask), zeros)
+
+
+@pytest.mark.parametrize("ratio, advantage, surrogate, gradient", [
+    (3.0, -2.0, -6.0, -6.0), (5.0, -2.0, -8.0, 0.0),                    # a bad token's ratio counts up to 4
+    (0.5, -2.0, -1.6, 0.0), (1.1, 2.0, 2.2, 2.2), (5.0, 2.0, 2.4, 0.0)])        # all else is PPO's clip
+def test_two_sided_clip_by_hand(ratio, advantage, surrogate, gradient):
+    for kind, tokens in ("token", [ratio]), ("sequence", [ratio] * 2):
+        logprobs = torch.tensor([tokens]).double().log().requires_grad_()
+        loss = loss_of(kind, "sequence", clip_max=4.0)(logprobs, torch.zeros(1, len(tokens)), torch.full(
+            (1, len(tokens)), advantage), ragged([len(tokens)]))
+        loss.backward()
+        assert close(loss, -surrogate) and close(logprobs.grad.sum(), -gradient)
+
+
+def test_unbiased_kl_by_hand():
+    """0.3 k3 times a ratio of 2, with k3 of log(ref / policy) = log 3: value and gradient of r k3, aggregated alike."""
+    logprobs, k3 = torch.tensor([[math.log(0.4)] * 2]).double().requires_grad_(), 3 - 1 - math.log(3)
+    old, ref = torch.tensor([[math.log(0.2)] * 2]).double(), torch.tensor([[math.log(1.2)] * 2]).double()
+    penalty = 0.3 * kl_estimate(logprobs, ref, "unbiased")
+    loss = loss_of(aggregation="constant", longest=10, kl="unbiased")(
+        logprobs, old, torch.zeros(1, 2), ragged([2]), penalty)
+    loss.backward()
+    assert close(loss, 2 * 0.3 * 2 * k3 / 10) and close(logprobs.grad, [[0.3 * 2 * (k3 + 1 - 3) / 10] * 2])
+
+
+def test_entropy_bonus_by_hand():
+    """0.3 times the ratio times -log pi, without a gradient through log pi: a bonus is a penalty below 0."""
+    logprobs = torch.tensor([[math.log(0.4)]]).double().requires_grad_()
+    old = torch.tensor([[math.log(0.2)]]).double()
+    for penalty in [], [0.5]:
+        logprobs.grad = None
+        loss = loss_of(entropy_coef=0.3)(logprobs, old, torch.zeros(1, 1), ragged([1]), *penalty)
+        loss.backward()
+        assert close(loss, 0.3 * 2 * math.log(0.4) + sum(penalty))
+        assert close(logprobs.grad, [[0.3 * 2 * math.log(0.4)]]), "what is unlikely becomes more likely"
 
 
 def test_clip_shares_are_those_of_the_ratio_that_is_clipped():
@@ -229,7 +301,7 @@ def test_clip_shares_are_those_of_the_ratio_that_is_clipped():
 
 # --- all of it against the papers' formulas -----------------------------------------------------------------------
 
-def by_the_papers(ratio, aggregation, low, high, longest, logprobs, old, advantages, mask, penalty):
+def by_the_papers(ratio, aggregation, low, high, longest, G, logprobs, old, advantages, mask, penalty):
     """The loss, row by row and token by token: min(r A, clip(r, 1 - low, 1 + high) A) less the penalty, aggregated."""
     sums, tokens = [], mask.sum()
     for b, n in enumerate(mask.sum(1).tolist()):
@@ -241,8 +313,17 @@ def by_the_papers(ratio, aggregation, low, high, longest, logprobs, old, advanta
             surrogate = torch.min(r * A, r.clamp(1 - low, 1 + high) * A)
             if ratio == "cispo":
                 surrogate = r.clamp(1 - low, 1 + high).detach() * A * logprobs[b, t]
+            if ratio == "sapo":
+                tau = 1.0 if A > 0 else 1.05
+                surrogate = 4 / (tau * (1 + (-tau * (r - 1)).exp())) * A
+            if ratio == "vespo":
+                w, (k, decay) = (logprobs[b, :n] - old[b, :n]).sum().exp().item(), (2, 3) if A >= 0 else (3, 2)
+                surrogate = math.exp(decay) * w ** k * math.exp(-decay * w) * A * logprobs[b, t]
             total = total + surrogate - penalty[b, t]
         sums.append(total / n if aggregation == "sequence" else total / longest if aggregation == "constant" else total)
+    if aggregation == "prompt":
+        groups = [sum(sums[q:q + G]) / mask[q:q + G].sum() for q in range(0, len(mask), G)]
+        return -sum(groups) / len(groups)
     return -sum(sums) / (tokens if aggregation == "token" else len(mask))
 
 
@@ -254,8 +335,8 @@ def test_the_loss_is_that_of_the_papers(ratio, aggregation, low, high):
     mask, spread = ragged([1, 6, 3, 5, 2, 4]), torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(7)).double()
     old, ref, advantages = spread[0] - 2, spread[1] - 2, 3 * spread[2]
     found = []
-    for loss in loss_of(ratio, aggregation, low, high, longest=7), functools.partial(
-            by_the_papers, ratio, aggregation, low, high, 7):
+    for loss in loss_of(ratio, aggregation, low, high, longest=7, group=3), functools.partial(
+            by_the_papers, ratio, aggregation, low, high, 7, 3):
         logprobs = torch.randn(6, 6, generator=torch.Generator().manual_seed(8)).double().mul(0.6).add(old)
         logprobs.requires_grad_()
         penalty = 0.3 * kl_estimate(logprobs, ref, "k3")
@@ -278,9 +359,10 @@ def test_an_aggregation_divides_surrogate_and_penalty_alike(ratio, aggregation):
     zeros = torch.zeros(3, 4).double()
     loss = loss_of(ratio, aggregation, longest=7)
     charge = loss(zeros, zeros, 0 * numbers, mask, numbers)
-    divisor = {"sum": 1, "sequence": torch.tensor([[1], [4], [2]]), "token": 7 / 3, "constant": 7}[aggregation]
+    divisor = {"sum": 1, "sequence": torch.tensor([[1], [4], [2]]), "token": 7 / 3, "prompt": 7 / 3,
+               "constant": 7}[aggregation]
     assert close(charge, (numbers * mask / divisor).sum() / 3)
-    if ratio != "cispo":                                         # whose value is not that of its ratio
+    if ratio in ("token", "sequence"):                           # the others' value is not that of their ratio
         assert close(loss(zeros, zeros, numbers, mask, numbers), 0, 1e-9)
         assert close(loss(zeros, zeros, numbers, mask, 2 * numbers), charge)
 
@@ -331,6 +413,7 @@ def test_surrogate_and_penalty_are_divided_alike_and_by_all_tokens(aggregation, 
     length = rollouts[0][1].mask.sum(1).double()                                        # (12,)
     assert length.min() < length.max()
     divisor = {"sum": torch.ones(12), "sequence": length, "token": length.mean().expand(12),
+               "prompt": length.view(4, 3).mean(1).repeat_interleave(3),
                "constant": torch.full((12,), 6.0)}[aggregation]
     advantages = torch.tensor([0.0] * 6 + [-2, -1, 3, -1, -1, 2])
     expected = ((beta * 0.3 - advantages) * length / divisor).mean().item()
@@ -383,6 +466,11 @@ def test_arguments_win_over_names(tmp_path):
 
 
 @pytest.mark.parametrize("more, said", [(dict(clip_eps_high=-0.1), "--clip-eps-high"),
+                                        (dict(clip_max=1.25, clip_eps_high=0.28), "--clip-max must be at least 1.28"),
+                                        (dict(clip_max=-1.0), "--clip-max"),
+                                        (dict(overlong_buffer=1.1), "--overlong-buffer"),
+                                        (dict(entropy_coef=-0.1), "--entropy-coef"),
+                                        (dict(kl="unbiased", kl_in="reward"), "--kl-in reward"),
                                         (dict(scale_advantages=True, advantage="batch"), "--scale-advantages")])
 def test_settings_that_cannot_work(more, said, tmp_path):
     with pytest.raises(UserError, match=said):
@@ -393,13 +481,19 @@ def test_settings_that_cannot_work(more, said, tmp_path):
 
 PUBLISHED = {       # all that differs from the defaults
     "grpo": dict(scale_advantages=True, aggregation="sequence", beta=0.04),
-    "dapo": dict(scale_advantages=True, aggregation="token", clip_eps_high=0.28, beta=0.0, dynamic_sampling=True),
+    "dapo": dict(scale_advantages=True, aggregation="token", clip_eps_high=0.28, beta=0.0, dynamic_sampling=True,
+                 overlong_buffer=0.2),
     "dr_grpo": dict(aggregation="constant", beta=0.0),
     "rloo": dict(advantage="leave_one_out", kl="k1", kl_in="reward"),
     "gspo": dict(scale_advantages=True, aggregation="sequence", ratio="sequence", clip_eps=3e-4, clip_eps_high=4e-4,
                  beta=0.0),
     "cispo": dict(scale_advantages=True, aggregation="token", ratio="cispo", clip_eps=1.0, clip_eps_high=3.0, beta=0.0),
     "reinforce++": dict(advantage="batch", aggregation="token", kl="k1", kl_in="reward"),
+    "sapo": dict(scale_advantages=True, aggregation="sequence", ratio="sapo", beta=0.0),
+    "luspo": dict(scale_advantages=True, ratio="sequence", clip_eps=2e-3, clip_eps_high=2.5e-3, beta=0.0),
+    "vespo": dict(scale_advantages=True, aggregation="token", ratio="vespo", beta=0.0),
+    "scalerl": dict(advantage="batch_scaled", aggregation="prompt", ratio="cispo", clip_eps=1.0, clip_eps_high=4.0,
+                    beta=0.0),
 }
 
 
@@ -433,7 +527,7 @@ def test_a_recipe_does_not_depend_on_the_defaults(parsed, monkeypatch):
                                    "--beta 0.01 --aggregation sum --no-dynamic-sampling --recipe dapo"])
 def test_an_option_wins_over_the_recipe(words, parsed):
     # All three are the defaults, so that comparing with these would not show that they were given.
-    assert parsed(words) == dict(DEFAULTS, scale_advantages=True, clip_eps_high=0.28)
+    assert parsed(words) == dict(DEFAULTS, scale_advantages=True, clip_eps_high=0.28, overlong_buffer=0.2)
 
 
 def test_a_recipe_that_nothing_would_heed_is_refused():
@@ -625,3 +719,105 @@ def test_rows_of_another_rollout_are_put_in_place(longer):
     assert torch.equal(merged.mask, merged.completion_ids != PAD)
     assert torch.equal(merged.logprobs, merged.completion_ids.masked_fill(~merged.mask, 0) / 10)
     assert merged.finished.tolist() == [True, False, True, True] and old.completion_ids[1, 0] in (102, 103)
+
+
+# --- completions that are too long --------------------------------------------------------------------------------
+
+def collecting(lengths, finished, rewards, longest=10):
+    """A collect that hands out completions of these lengths, in groups of 2; a length of 0 was not judged."""
+    mask = ragged(lengths, longest)
+    rollout = Rollout(mask.long(), mask, mask * -1.0, torch.tensor(finished))
+    return lambda config, *arguments: ("batch", "prompts", rollout, torch.tensor(rewards), "texts")
+
+
+def shaped(config, *arguments, **keywords):
+    batch, prompts, rollout, rewards, texts = variants.shaped(collecting(*arguments, **keywords))(config, 1, 2, 3)
+    assert (batch, prompts, texts) == ("batch", "prompts", "texts")
+    return rollout, rewards
+
+
+def test_penalty_for_length_by_hand():
+    """40 tokens at most and a buffer of 8: nothing up to 32, half at 36, all of it at 40, ended there or cut."""
+    lengths = torch.tensor([1, 32, 33, 36, 40])
+    assert close(variants.overlong_penalty(lengths, 40, 8.0), [0, 0, -1 / 8, -0.5, -1])
+    assert close(variants.overlong_penalty(lengths, 20480, 4096.0), [0] * 5)
+    config = VariantConfig(group_size=2, max_new_tokens=10, overlong_buffer=0.4)
+    rollout, rewards = shaped(config, [6, 7, 9, 10], [True, True, True, False], [1.0, 1, 0, 0])
+    assert close(rewards, [1, 0.75, -0.75, -1]) and rollout.length.tolist() == [6, 7, 9, 10]
+
+
+def test_what_was_not_judged_has_the_mean_of_its_group_after_the_penalty_too():
+    config = VariantConfig(group_size=2, max_new_tokens=10, overlong_buffer=0.4)
+    _, rewards = shaped(config, [0, 8, 0, 0], [False] * 4, [1.0, 1, 0, 0])
+    assert close(rewards, [0.5, 0.5, 0, 0])
+
+
+def test_cut_completions_are_left_out_of_the_loss_and_their_rewards_count():
+    config = VariantConfig(group_size=2, max_new_tokens=10, mask_cut=True, overlong_buffer=0.4)
+    rollout, rewards = shaped(config, [10, 10, 8, 3], [False, True, True, True], [0.0, 1, 1, 1])
+    assert rollout.length.tolist() == [0, 10, 8, 3] and close(rewards, [-1, 0, 0.5, 1])
+
+
+def test_without_these_settings_nothing_is_changed():
+    rollout, rewards = shaped(VariantConfig(group_size=2, max_new_tokens=10), [10, 9], [False, True], [0.3, 1])
+    assert rollout.length.tolist() == [10, 9] and torch.equal(rewards, torch.tensor([0.3, 1]))
+
+
+@pytest.mark.parametrize("more", [dict(overlong_buffer=0.5), dict(mask_cut=True)])
+@pytest.mark.parametrize("dynamic_sampling", [False, True])
+def test_length_counts_in_the_loop_after_dynamic_sampling(more, dynamic_sampling, tmp_path, watch):
+    """Groups whose rewards are equal but for the penalty are replaced; what is trained is what was kept, shaped."""
+    shown = watch(metrics, "shown_samples")
+    config = dynamic(tmp_path, dynamic_sampling=dynamic_sampling, **more)
+    _, (row,) = variants.train(config, reward=hard(*tiny.PROMPTS[:7]))
+    (_, rewards, advantages, _, rollout, *_), _ = shown[0]
+    cut = ~rollout.finished
+    assert 0 < cut.sum() < 12 and (row.get("dropped", 0) > 0) == dynamic_sampling
+    if "mask_cut" in more:
+        assert torch.equal(rollout.length == 0, cut) and set(rewards.tolist()) == {0, 1, 2}
+        return
+    assert torch.equal(rollout.length[cut], torch.full((int(cut.sum()),), 6))
+    expected = (rollout.length - 3).clamp(min=0) / 3
+    before = rewards + expected
+    assert all(reward in (0, 1, 2) for reward in before.round(decimals=5).tolist()) and expected.max() == 1
+    assert close(advantages[:, 0], group_advantages(rewards, 3))
+
+
+# --- several rewards ----------------------------------------------------------------------------------------------
+
+def test_gdpo_by_hand():
+    """Rewards that differ in scale alone count alike: (1, 0) and (0, 100) cancel where their sum would not."""
+    def first(prompts, completions, **columns):
+        return [1.0, 0, 1, 0]
+
+    def second(prompts, completions, **columns):
+        return [0.0, 100, 7, None]                                      # what it did not judge is 0
+    parts = variants.gdpo((first, 1.0), (second, 1.0))
+    rewards = torch.tensor(parts["reward"](["?"] * 4, ["text"] * 4))
+    assert rewards.tolist() == [1, 100, 8, 0]
+    of_one, of_seven, of_hundred = (x / 2 / (x / 2 ** 0.5 + 1e-4) for x in (1, 7, 100))      # the deviation of (x, 0)
+    total = [of_one - of_hundred, of_hundred - of_one, of_one + of_seven, -of_one - of_seven]
+    deviation = (sum(x * x for x in total) / 3) ** 0.5
+    found = parts["advantage"](rewards, 2, False)
+    assert close(found, [x / (deviation + 1e-4) for x in total]) and found.dtype == torch.float32
+    assert abs(found[0]) < 1e-3 and found[2] > 1
+
+
+def test_gdpo_trains_and_weights_count(tmp_path, watch):
+    def short(prompts, completions, **columns):
+        return [-float(len(text)) for text in completions]
+    shown = watch(metrics, "shown_samples")
+    for weight in 1.0, 0.0:
+        parts = variants.gdpo((letter_e, 1.0), (short, weight))
+        variants.train(settings(variants, tmp_path, steps=1), **parts)
+    (_, rewards, advantages, *_), _ = shown[0]
+    (_, alone, of_one, *_), _ = shown[1]
+    assert not torch.equal(rewards, alone) and not close(advantages, of_one)
+    assert close(of_one[:, 0], variants.batch_advantages(group_advantages(alone, 3, scale=True), 3))
+
+
+@pytest.mark.parametrize("more", [dict(kl="k1", kl_in="reward", beta=0.5), dict(overlong_buffer=1.0)])
+def test_gdpo_refuses_rewards_that_were_changed(more, tmp_path):
+    parts = variants.gdpo((letter_e, 1.0), (letter_e, 1.0))
+    with pytest.raises(UserError, match="gdpo goes with no KL in the reward"):
+        variants.train(settings(variants, tmp_path, steps=2, **more), **parts)

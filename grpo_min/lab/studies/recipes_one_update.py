@@ -16,6 +16,7 @@ from grpo_min import grpo, variants
 from grpo_min.evaluate import interval
 from grpo_min.lab.studies.common import collect, load_sft, sized, table, write_study
 from grpo_min.lab.studies.gradients import gradient
+from grpo_min.lab.studies.recipes import MEASURED
 from grpo_min.rollout import token_logprobs
 from grpo_min.run.data import read_jsonl
 from grpo_min.run.files import DATA
@@ -24,7 +25,7 @@ from grpo_min.run.plots import finish, plt
 
 UPDATES = 3               # of the batch, before the recipes are compared again
 MOMENTS = ["with a ratio of 1", f"after {UPDATES} updates"]
-SETTINGS = {name: variants.VariantConfig(**recipe) for name, recipe in {"no recipe": {}, **variants.RECIPES}.items()}
+SETTINGS = {name: variants.VariantConfig(**recipe) for name, recipe in {"no recipe": {}, **MEASURED}.items()}
 SAME = 1 - 1e-5           # a cosine above this is 1 but for rounding
 
 
