@@ -24,7 +24,7 @@ from grpo_min.lab.benchmark_real import KEPT
 from grpo_min.lab.compare import ALGORITHMS
 from grpo_min.lab.report import GOALS
 from grpo_min.lab.studies.__main__ import STUDIES
-from grpo_min.lab.studies import credit as credit_study, critic as critic_study
+from grpo_min.lab.studies import credit as credit_study, critic as critic_study, forgetting
 from grpo_min.lab.studies.common import RESULTS, column_by, sides, spread
 from grpo_min.variants import as_options
 from grpo_min.variants import RECIPES
@@ -428,8 +428,8 @@ def passed(asked, k):
     return study("coverage", f"pass@{k}", asked=asked)
 
 
-@under("coverage", "On arithmetic RL moves to the first sample what the SFT model has within {}: {} of the first samples "
-       "are right after GRPO, {} before.")
+@under("coverage", "On arithmetic RL moves to the first sample what the SFT model has within {}: {} of the first "
+       "samples are right after GRPO, {} before.")
 def moved_to_the_first_sample():
     first = means(passed("arithmetic", 1))
     enough = min(k for k in (16, 32, 64, 128) if np.mean(passed("arithmetic", k)["SFT"]) > 0.999)
@@ -446,8 +446,8 @@ def overtaken_on_longer_chains():
             *(percent(np.mean(many[name])) for name in ("base model", "SFT", "GRPO")))
 
 
-@under("coverage", "Of {} such chains GRPO solves {} that the SFT model never does, and loses {}; PPO and fine-tuning on "
-       "right answers online do the same, offline less of it.")
+@under("coverage", "Of {} such chains GRPO solves {} that the SFT model never does, and loses {}; PPO and fine-tuning "
+       "on right answers online do the same, offline less of it.")
 def gained_and_lost():
     changed = {}
     for asked, before, after, gained, lost in (row for row in table("coverage") if len(row) == 5):
@@ -470,8 +470,8 @@ def guessing():
     return numbers, 128, percent(guess)
 
 
-@under("coverage", "On Countdown, where guessing is hard, GRPO is ahead up to {} samples and from {} on behind, {} against "
-       "{}.")
+@under("coverage", "On Countdown, where guessing is hard, GRPO is ahead up to {} samples and from {} on behind, {} "
+       "against {}.")
 def overtaken_on_countdown():
     better, worse = [], []
     for k in (2 ** i for i in range(8)):
@@ -482,6 +482,51 @@ def overtaken_on_countdown():
     assert better == [2 ** i for i in range(len(better))] and worse[0] > better[-1]
     share = passed("Countdown", worse[0])
     return better[-1], worse[0], percent(np.mean(share["GRPO"])), percent(np.mean(share["SFT, sampled again"]))
+
+
+@under("forgetting", "Where {} of the answers are right, nobody has forgotten anything yet: the gold score is {} to {} "
+       "above that of the SFT model, and all are {} to {} nats away from it, but for the shorthand, which never gets "
+       "there.")
+def nothing_forgotten_at_equal_accuracy():
+    rows = result("forgetting")
+    there = {name: values for name, values in column_by(rows, "setting", "lost").items() if name != "SFT, shorthand"}
+    assert {row["lost"] for row in rows if row["setting"] == "SFT, shorthand"} == {""}
+    gained = [-np.mean(values) for values in there.values()]
+    kl = [np.mean(study("forgetting", "kl_forward")[name]) for name in there]
+    assert min(gained) > 0
+    return [f"{forgetting.LEVEL:.0%}", *(f"{edge(values):.2f}" for values in (gained, kl) for edge in (min, max))]
+
+
+@under("forgetting", "Going on costs fine-tuning on the demonstrations or on the model's own right answers {} and {} "
+       "of gold, and GRPO, PPO and filtered SFT {}, {} and {}.")
+def fine_tuning_goes_on_to_forget():
+    lost = study("forgetting", "end_lost")
+    own, demonstrations = lost["SFT, own right answers"], lost["SFT, demonstrations"]
+    assert min(own + demonstrations) > 0 and min(demonstrations) > max(lost["GRPO"] + lost["filtered SFT, online"])
+    names = "SFT, demonstrations", "SFT, own right answers", "GRPO", "PPO", "filtered SFT, online"
+    return [f"{np.mean(lost[name]):.2f}" for name in names]
+
+
+@under("forgetting", "The shorthand costs {}. It goes farthest from the SFT model, and over all runs a parabola of the "
+       "KL explains {} of what is lost.")
+def shorthand_forgets_most():
+    lost = study("forgetting", "end_lost")
+    shorthand = lost.pop("SFT, shorthand")
+    assert min(shorthand) > max(max(values) for values in lost.values())
+    share = re.search(r"the variance of the gold lost (\d+%) over KL\(SFT", read(RESULTS / "forgetting.md"))
+    return f"{np.mean(shorthand):.2f}", share[1]
+
+
+@under("forgetting", "Where little is lost, the KL does not tell it: fine-tuning on the model's own right answers ends "
+       "nearer to the SFT model than GRPO, {} nats against {}, and has forgotten more with every seed.")
+def nearer_and_forgets_more():
+    ends = {(row["setting"], row["seed"]): row["kl_forward"] for row in result("forgetting-curves")}   # the last stays
+    kl = {}
+    for (setting, _), nats in ends.items():
+        kl.setdefault(setting, []).append(nats)
+    lost, own = study("forgetting", "end_lost"), "SFT, own right answers"
+    assert max(kl[own]) < min(kl["GRPO"]) and min(lost[own]) >= max(lost["GRPO"])
+    return [f"{np.mean(kl[name]):.2f}" for name in (own, "GRPO")]
 
 
 @under("group_size", "No group size beats the default, `16 x 8`, with every seed.")
@@ -1223,6 +1268,20 @@ def noise_costs():
             and max(way[0.9]) < min(way[1.0]) and np.mean(way[0.9]) < 0.75 * np.mean(way[1.0]))
 
 
+def overtaken():
+    overtaken_on_countdown()
+    overtaken_on_longer_chains()
+    return passed("arithmetic", 128)["GRPO"] == passed("arithmetic", 128)["SFT, sampled again"] == [1.0] * 5
+
+
+def forgets_less():
+    nothing_forgotten_at_equal_accuracy()
+    fine_tuning_goes_on_to_forget()
+    nearer_and_forgets_more()
+    lost = means(study("forgetting", "end_lost"))
+    return max(lost[name] for name in ("GRPO", "PPO", "filtered SFT, online")) < 0.03
+
+
 CLAIMS = {
     "GRPO needs less memory than PPO": less_memory,
     "GRPO is as good as PPO, without a critic": as_good,
@@ -1239,6 +1298,8 @@ CLAIMS = {
     "learned rewards get hacked": hacked,
     "the KL penalty prevents it": penalty_helps,
     "a reward model averages out the annotators' noise": noise_costs,
+    "RL only sharpens: with many samples the base model overtakes it": overtaken,
+    "RL forgets less than fine-tuning": forgets_less,
 }
 
 

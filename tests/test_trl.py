@@ -187,8 +187,9 @@ def test_wrong_variants_are_told_apart(llama):
     for wrong in [dict(aggregation="sequence"), dict(aggregation="constant"), dict(aggregation="sum"),
                   dict(aggregation="prompt"), dict(ratio="sequence"), dict(ratio="cispo"), dict(ratio="sapo"),
                   dict(ratio="vespo"), dict(kl="unbiased"), dict(entropy_coef=0.3), dict(clip_max=1.31),
-                  dict(clip_eps_high=0.0), dict(clip_eps=0.3), dict(beta=0.2), dict(kl="k1"), dict(kl="k2"), dict(kl="k1", kl_in="reward"), dict(temperature=1.0),
-                  dict(scale_advantages=True), dict(advantage="leave_one_out"),
+                  dict(clip_eps_high=0.0), dict(clip_eps=0.3), dict(beta=0.2), dict(kl="k1"), dict(kl="k2"),
+                  dict(kl="k1", kl_in="reward"), dict(temperature=1.0), dict(scale_advantages=True),
+                  dict(advantage="leave_one_out"),
                   dict(parts=dict(kl=lambda *arguments: -grpo.kl_estimate(*arguments)))]:
         assert difference(llama.ours(**right | wrong), theirs) > 1000 * ROUNDING, wrong
 

@@ -146,6 +146,7 @@ def plot_forgetting(rows, curves, path):
             there = [row for row in rows if row["setting"] == setting and row["lost"] is not None]
             axis.plot([row[name] for row in there], [row["lost"] for row in there], "o", ms=9, mfc="none",
                       color=dots.get_color())
+        axis.set_xscale("symlog", linthresh=1)
         axis.set(xlabel=label + ", on arithmetic (nats)", ylabel="gold score lost on animals")
     axes[1].legend(frameon=False, fontsize=8, title=f"ringed: accuracy of {LEVEL:.0%}", title_fontsize=8,
                    bbox_to_anchor=(1, 1), loc="upper left")
