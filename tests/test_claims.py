@@ -529,6 +529,34 @@ def nearer_and_forgets_more():
     return [f"{np.mean(kl[name]):.2f}" for name in (own, "GRPO")]
 
 
+@under("placebo", "A reward for the form alone or for length alone takes the share of right answers from {} to {} and "
+       "{}, most of the way of the true one, {}: thinking is what makes answers right, and each of the three pays it.")
+def form_and_length_nearly_do():
+    accuracy, thinking = study("placebo", "accuracy"), study("placebo", "thinking")
+    names = "form", "length", "right answers"
+    assert all(min(thinking[name]) > 0.99 for name in names)
+    assert max(accuracy["form"] + accuracy["length"]) < min(accuracy["right answers"])
+    gain = np.mean(accuracy["length"]) - accuracy["SFT"][0]
+    assert gain > 0.8 * (np.mean(accuracy["right answers"]) - accuracy["SFT"][0])
+    return [percent(np.mean(accuracy[name])) for name in ("SFT", *names)]
+
+
+@under("placebo", "Wrong answers are learned as readily: {} are right in the end, and hardly any thinks.")
+def wrong_answers_are_learned():
+    assert max(study("placebo", "thinking")["wrong answers"]) < 0.01
+    return [percent(np.mean(study("placebo", "accuracy")["wrong answers"]))]
+
+
+@under("placebo", "A coin teaches nothing: accuracy falls with every seed, to {}, with four minibatches to {}, and "
+       "without the clip to {}.")
+def a_coin_teaches_nothing():
+    accuracy = study("placebo", "accuracy")
+    coins = [accuracy[name] for name in ("coin", "coin, 4 minibatches", "coin, 4 minibatches, no clip")]
+    assert max(max(each) for each in coins) < accuracy["SFT"][0]
+    assert np.mean(coins[0]) > np.mean(coins[1]) > np.mean(coins[2])
+    return [range_of(each) for each in coins]
+
+
 @under("group_size", "No group size beats the default, `16 x 8`, with every seed.")
 def no_group_size_is_better():
     accuracy = study("group_size", "accuracy")
@@ -1282,6 +1310,14 @@ def forgets_less():
     return max(lost[name] for name in ("GRPO", "PPO", "filtered SFT, online")) < 0.03
 
 
+def coins_do_not():
+    form_and_length_nearly_do()
+    a_coin_teaches_nothing()
+    accuracy = study("placebo", "accuracy")
+    return sides({name: accuracy[name] for name in ("coin, 4 minibatches", "coin, 4 minibatches, no clip")})[:2] == (
+        [], [])
+
+
 CLAIMS = {
     "GRPO needs less memory than PPO": less_memory,
     "GRPO is as good as PPO, without a critic": as_good,
@@ -1300,6 +1336,7 @@ CLAIMS = {
     "a reward model averages out the annotators' noise": noise_costs,
     "RL only sharpens: with many samples the base model overtakes it": overtaken,
     "RL forgets less than fine-tuning": forgets_less,
+    "even random rewards make a model reason": coins_do_not,
 }
 
 
@@ -1386,7 +1423,7 @@ def test_within_twenty_steps_nearly_every_answer_thinks():
 
 
 def test_the_readme_counts_the_sayings():
-    assert len(CLAIMS) == 15 and "fifteen sayings" in read(ROOT / "README.md")
+    assert len(CLAIMS) == 18 and "eighteen sayings" in read(ROOT / "README.md")
 
 
 def test_the_seven_steps_lead_to_their_banners():
