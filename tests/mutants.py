@@ -194,7 +194,7 @@ MUTANTS = [Mutant(*row) for row in [
      "variants::groups_of_equals_are_replaced_until_the_batch_is_full"),
     (7, "variants", "return group_advantages(rewards, group_size) / (rewards.std() + 1e-4)",
      "return group_advantages(rewards, len(rewards)) / (rewards.std() + 1e-4)",
-     "variants::advantages_by_hand[batch_scaled-expected5]"),
+     "variants::advantages_by_hand[batch_scaled-expected4]"),
     (7, "variants", "tokens = mask.sum(dim=1).view(-1, group_size).sum(dim=1)",
      "tokens = mask.sum(dim=1).view(group_size, -1).sum(dim=0)",
      "variants::prompts_count_alike_however_long_their_completions_are"),
