@@ -25,7 +25,7 @@ from grpo_min.run.files import DATA
 from grpo_min.run.plots import finish, plt
 
 OWN, THINKING, SHORTHAND = "SFT, own right answers", "SFT, demonstrations", "SFT, shorthand"
-LEVEL = 0.85                                          # an accuracy that all reach
+LEVEL = 0.85                                          # an accuracy that all but the shorthand reach
 WATCHED = [2, 4, 6, 8, 10, 12, 16, 20, 30, 40]        # steps of RL
 UPDATES = [2, 4, 6, 8, 12, 20, 40, 80, 160, 320]      # of fine-tuning
 PROMPTS = 200
