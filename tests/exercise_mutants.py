@@ -12,13 +12,14 @@ import torch.nn.functional as F
 
 from tests.mutants import MUTANTS, mutated
 from tests.tiny import END, PAD
-from tutorials.exercises import check
+from tutorials.exercises import check, checks
 
 # exercise: (file in grpo_min, function there, name in the exercise); kl_estimate is asked for its k3
 REAL = {1: [("grpo", "group_advantages")], 3: [("grpo", "kl_estimate")],
         4: [("grpo", "policy_loss"), ("ppo", "policy_loss")], 5: [("ppo", "gae")]}
 NAMES = {1: "group_advantages", 2: "completion_mask", 3: "k3", 4: "policy_loss", 5: "gae", 6: "preference_loss",
-         7: "leave_one_out", 8: "dr_grpo_loss", 9: "reward", 10: "fill_batch", 11: "reward"}
+         7: "leave_one_out", 8: "dr_grpo_loss", 9: "reward", 10: "fill_batch", 11: "reward", 20: "dpo_loss",
+         21: "state_values"}
 
 # (the wrong line of tests/mutants.py, a word of the message)
 FROM_MUTANTS = [
@@ -309,6 +310,27 @@ TASKS = [       # exercise 12: a word of the message, what is changed
 ]
 
 
+# --- 20 and 21 ----------------------------------------------------------------------------------------------------
+
+def dpo_with(reward=lambda l, r, mask, beta: beta * ((l - r) * mask).sum(dim=1), pairs=lambda x: x.view(-1, 2),
+             loss=lambda margin: -F.logsigmoid(margin).mean()):
+    """An answer to exercise 20 with parts of its own."""
+    def dpo_loss(logprobs, ref_logprobs, mask, beta):
+        chosen, rejected = pairs(reward(logprobs, ref_logprobs, mask, beta)).unbind(dim=1)
+        return loss(chosen - rejected)
+    return dpo_loss
+
+
+def values_with(peers=lambda b, G: range(b // G * G, b // G * G + G), same=lambda a, b, t: a[:t] == b[:t],
+                result=lambda values, rewards, mask: values * mask):
+    """An answer to exercise 21 with parts of its own."""
+    def state_values(completion_ids, mask, rewards, group_size):
+        everywhere = torch.ones_like(mask)
+        values = checks.values_by_definition(completion_ids, everywhere, rewards, lambda b: peers(b, group_size), same)
+        return result(values, rewards, mask)
+    return state_values
+
+
 # --- all of them --------------------------------------------------------------------------------------------------
 
 ANSWERS = [     # (exercise, a word of the message, the wrong answer)
@@ -469,6 +491,33 @@ ANSWERS = [     # (exercise, a word of the message, the wrong answer)
     (10, "two things", lambda batch, draw, rounds: batch),
     (10, "nothing", lambda batch, draw, rounds: None),
     (10, "3 rounds", filling(rounds_of=lambda rounds: rounds - 1)),
+
+    (20, "sign", dpo_with(loss=lambda margin: F.logsigmoid(margin).mean())),
+    (20, "sum over the pairs", dpo_with(loss=lambda margin: -F.logsigmoid(margin).sum())),
+    (20, "exchanged", dpo_with(loss=lambda margin: -F.logsigmoid(-margin).mean())),
+    (20, "exchanged", dpo_with(lambda l, r, mask, beta: beta * ((r - l) * mask).sum(dim=1))),
+    (20, "not their mean", dpo_with(lambda l, r, mask, beta: beta * ((l - r) * mask).sum(dim=1) / mask.sum(dim=1))),
+    (20, "beta", dpo_with(lambda l, r, mask, beta: ((l - r) * mask).sum(dim=1))),
+    (20, "reference is missing", dpo_with(lambda l, r, mask, beta: beta * (l * mask).sum(dim=1))),
+    (20, "mask", dpo_with(lambda l, r, mask, beta: beta * (l - r).sum(dim=1))),
+    (20, "mixed", dpo_with(pairs=lambda x: x.view(2, -1).T)),
+    (20, "averaged before", dpo_with(loss=lambda margin: -F.logsigmoid(margin.mean()))),
+    (20, "gradient", dpo_with(lambda l, r, mask, beta: beta * ((l - r) * mask).sum(dim=1).detach())),
+    (20, "logsigmoid", dpo_with(loss=lambda margin: -torch.sigmoid(margin).log().mean())),
+    (20, "shape", dpo_with(loss=lambda margin: -F.logsigmoid(margin))),
+    (20, "return", lambda *arguments: None),
+
+    (21, "after token t", values_with(same=lambda a, b, t: a[:t + 1] == b[:t + 1])),
+    (21, "other groups", values_with(peers=lambda b, G: range(6))),
+    (21, "left out", values_with(peers=lambda b, G: [x for x in range(b // G * G, b // G * G + G) if x != b])),
+    (21, "token before", values_with(same=lambda a, b, t: t == 0 or a[t - 1] == b[t - 1])),
+    (21, "one token", values_with(same=lambda a, b, t: a[t] == b[t])),
+    (21, "group's mean", values_with(same=lambda a, b, t: True)),
+    (21, "own reward", values_with(result=lambda values, rewards, mask: rewards[:, None] * mask)),
+    (21, "advantages", values_with(result=lambda values, rewards, mask: (rewards[:, None] - values) * mask)),
+    (21, "should give", values_with(result=lambda values, rewards, mask: values)),
+    (21, "random", values_with(peers=lambda b, G: range(b // 3 * 3, b // 3 * 3 + 3))),
+    (21, "shape", values_with(result=lambda values, rewards, mask: values[:, 0])),
 ]
 
 

@@ -11,7 +11,7 @@ from grpo_min.run.table import write_csv
 from tutorials.exercises import swap
 from tutorials.exercises.check import FILES, HERE, load
 
-FIRST, STEPS = 13, 40
+FIRST, LAST, STEPS = 13, 19, 40
 
 
 def draw(number, steps=STEPS, folder=HERE / "figures", suffix="", **settings):
@@ -31,7 +31,7 @@ def draw(number, steps=STEPS, folder=HERE / "figures", suffix="", **settings):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    for number in [int(word) for word in argv] or [number for number in FILES if number >= FIRST]:
+    for number in [int(word) for word in argv] or range(FIRST, LAST + 1):
         draw(number)
         if number == 14:
             draw(number, suffix="-small", beta=0.1)

@@ -854,6 +854,106 @@ def check_19(module):
            f"it says {numbers(values.detach()[0])}: is lr used?")
 
 
+# --- 20: DPO ------------------------------------------------------------------------------------------------------
+
+def check_20(module):
+    f, mask = module.dpo_loss, ragged([2, 1, 1, 2])
+    logprobs = torch.tensor([[-1.0, -2], [-4, 7], [-2, 7], [-1, -3]]).double()
+    ref_logprobs = torch.tensor([[-2.0, -3], [-4.5, -3], [-1, -3], [-2, -3]]).double()
+
+    def loss_of(*margins):
+        return torch.tensor([math.log1p(math.exp(-margin)) for margin in margins]).mean()
+    case = ("Two pairs, whose completions have become (chosen, rejected) 2 and 0.5, -1 and 1 nats more probable than "
+            "under the reference, beta 0.5")
+    right = loss_of(0.75, -1.0)
+    explain(call(f, (), logprobs, ref_logprobs, mask, 0.5).double(), right.double(), case, [
+        (-right, "the sign is reversed: the loss is minus the logarithm"),
+        (2 * right, "this is the sum over the pairs: take their mean"),
+        (loss_of(-0.75, 1.0), "chosen and rejected are exchanged, or policy and reference"),
+        (loss_of(0.25, -0.75), "a completion's reward is the sum over its tokens, not their mean"),
+        (loss_of(1.5, -2.0), "beta is not used"),
+        (loss_of(0.5, 1.0), "the reference is missing: the reward is how much more probable the completion has become"),
+        (loss_of(0.75 - 5, -1.0 + 5), "what stands where the mask is False counts"),
+        (loss_of(1.5, -0.25), "the pairs are mixed. Rows 0 and 1 are the first pair: view(-1, 2)"),
+        (loss_of(0.75, -1.0).neg().exp(), "this is a probability: the loss is minus its logarithm"),
+        (loss_of(-0.125), "the margins are averaged before the logarithm of the sigmoid"),
+    ])
+    logprobs, ref_logprobs = random(12, 5), random(12, 5, seed=1)
+    logprobs, mask = logprobs.requires_grad_(), ragged([1, 2, 3, 4, 5, 5] * 2)
+    value = call(f, (), logprobs, ref_logprobs, mask, 0.3)
+    expect(value.requires_grad, "the loss has no gradient for logprobs: is something detached, or under no_grad?")
+    value.backward()
+    rewards = [0.3 * sum(row[on].tolist()) for row, on in zip(logprobs.detach() - ref_logprobs, mask)]
+    margins = [a - b for a, b in zip(rewards[::2], rewards[1::2])]
+    expect(close(value.detach().double(), loss_of(*margins).double()), "it is right for the two pairs above, but not "
+           "for six random ones")
+    slopes = [sign * 0.3 / 6 / (1 + math.exp(margin)) for margin in margins for sign in (-1, 1)]
+    expect(close(logprobs.grad, torch.tensor(slopes).double()[:, None] * mask), "the value is right, its gradient is "
+           "not: is a part of it detached?")
+    far = torch.tensor([[-3000.0], [-1.0]], requires_grad=True)
+    value = call(f, (), far, torch.zeros(2, 1), torch.ones(2, 1).bool(), 0.5)
+    value.backward()
+    expect(close(value.detach(), torch.tensor(1499.5)) and far.grad.isfinite().all(), "a margin of -1499.5 should give "
+           f"1499.5, but gave {value.item():.4g}: sigmoid is rounded to 0 there; use F.logsigmoid")
+
+
+# --- 21: values by Monte Carlo ------------------------------------------------------------------------------------
+
+def values_by_definition(ids, mask, rewards, peers, same=lambda a, b, t: a[:t] == b[:t]):
+    """peers(b): the rows that row b is compared with -> (B, N)."""
+    values = torch.zeros(mask.shape, dtype=torch.float64)
+    rows, rewards = ids.tolist(), rewards.tolist()
+    for b, t in mask.nonzero().tolist():
+        shared = [rewards[other] for other in peers(b) if same(rows[b], rows[other], t)]
+        values[b, t] = sum(shared) / max(len(shared), 1)
+    return values
+
+
+def check_21(module):
+    f, rewards = module.state_values, torch.tensor([1.0, 0, 5, 3, 1, 8])
+    ids = torch.tensor([[5, 6, 9, END], [5, 7, 9, END], [8, 6, END, PAD],
+                        [5, 6, 9, END], [5, 6, END, PAD], [5, 6, END, PAD]])
+    mask = ragged([4, 4, 3, 4, 3, 3])
+
+    def group(b):
+        return range(b // 3 * 3, b // 3 * 3 + 3)
+
+    def others(b):
+        return [other for other in group(b) if other != b]
+    right = values_by_definition(ids, mask, rewards, group)
+    case = ("Two groups: 5 6 9 END, 5 7 9 END, 8 6 END with the rewards 1, 0, 5; and 5 6 9 END, 5 6 END, 5 6 END with "
+            "3, 1, 8")
+    explain(call(f, (6, 4), ids, mask, rewards, 3).double(), right, case, [
+        (values_by_definition(ids, mask, rewards, group, lambda a, b, t: a[:t + 1] == b[:t + 1]), "these are the "
+         "values after token t: column t is of the state before it, and column 0 the mean of the whole group"),
+        (values_by_definition(ids, mask, rewards, lambda b: range(6)), "completions of other groups count: what begins "
+         "with the same tokens after another prompt is another state"),
+        (values_by_definition(ids, mask, rewards, others), "the completion itself is left out: it passed the state, "
+         "too"),
+        (values_by_definition(ids, mask, rewards, group, lambda a, b, t: t == 0 or a[t - 1] == b[t - 1]), "only the "
+         "token before is compared: a state is all that was said so far"),
+        (values_by_definition(ids, mask, rewards, group, lambda a, b, t: a[t] == b[t]), "only one token is compared: a "
+         "state is all that was said so far"),
+        (values_by_definition(ids, mask, rewards, group, lambda a, b, t: True), "this is the group's mean at each "
+         "token: the longer the beginning, the fewer completions share it"),
+        (rewards[:, None] * mask, "this is each completion's own reward"),
+        (rewards[:, None] * mask - right, "these are advantages, reward minus value: the values themselves are asked "
+         "for"),
+    ])
+    got = call(f, (6, 4), ids, ragged([4] * 6), rewards, 3)
+    expect((call(f, (6, 4), ids, mask, rewards, 3)[~mask] == 0).all() and got.isfinite().all(),
+           "where the mask is False the values should be 0")
+    for G, columns, words in (4, 6, 2), (8, 5, 3), (2, 7, 2):
+        draw = torch.Generator().manual_seed(G)
+        ids = torch.randint(5, 5 + words, (3 * G, columns), generator=draw)
+        mask, rewards = ragged([1 + b % columns for b in range(3 * G)], columns), random(3 * G, seed=G)
+        ids = ids.masked_fill(~mask, PAD)
+        ids[mask & ~torch.nn.functional.pad(mask[:, 1:], (0, 1))] = END
+        right = values_by_definition(ids, mask, rewards, lambda b: range(b // G * G, b // G * G + G))
+        expect(close(call(f, mask.shape, ids, mask, rewards, G).double(), right), f"it is right for the groups above, "
+               f"but not for three random groups of {G}")
+
+
 HINTS = {
     13: "weight.data = original.data copies no number: from then on both names stand for the same memory, and the "
      "optimizer writes into it. Who else needs to know copy_, clone or copy.deepcopy?",

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from grpo_min import grpo, ppo, reward_model, sft, variants
+from grpo_min import dpo, grpo, ppo, reward_model, sft, variants
 from grpo_min.evaluate import evaluate, held_out
 from grpo_min.model import ScalarGPT
 from grpo_min.rewards import correct, score
-from grpo_min.rollout import Prompts, Rollout, sample
+from grpo_min.rollout import Prompts, Rollout, sample, token_logprobs
 from grpo_min.run.data import batch_rows
 from grpo_min.run.files import make_folder
 from grpo_min.run.optim import optimizer_for
@@ -23,13 +23,14 @@ from grpo_min.run.rng import generator
 from grpo_min.task import load_task
 
 CONFIGS = {grpo: grpo.GRPOConfig, ppo: ppo.PPOConfig, variants: variants.VariantConfig,
-           reward_model: reward_model.RewardModelConfig}
+           reward_model: reward_model.RewardModelConfig, dpo: dpo.DPOConfig}
 SHORT = dict(prompts_per_step=16, group_size=8)       # 128 completions per step
 LONGEST = grpo.GRPOConfig.max_new_tokens
 LABELS = dict(reward="reward", accuracy="share of right answers", kl="KL to the reference (nats)", loss="loss",
               length="completion length (tokens)", grad_norm="gradient norm", dropped="groups replaced per step",
               equal_groups="share of all-equal groups", explained_variance="explained variance",
-              value="mean value of a state",
+              value="mean value of a state", margin="implicit reward, chosen - rejected",
+              chosen="implicit reward, chosen",
               clip_high="share of ratios above the clip", clip_low="share of ratios below it", gap="gap (nats)",
               entropy="entropy (nats per token)")
 
@@ -121,6 +122,36 @@ def refilling(fill_batch):
     return dict(collect=collect, evaluate=lambda policy, step: dict(dropped=dropped[-1]))
 
 
+def with_dpo_loss(dpo_loss):
+    """dpo.token_logprobs that keeps what it has computed, and dpo.dpo_loss that hands it to the reader's."""
+    kept = []
+
+    def keep(model, prompts, completion_ids, mask):
+        result = token_logprobs(model, prompts, completion_ids, mask)
+        kept.append((result[0], mask))
+        return result
+
+    def loss(chosen, rejected, label_smoothing):
+        (logprobs, mask), (ref_logprobs, _) = kept[-2:]
+        kept.clear()
+        return dpo_loss(logprobs, ref_logprobs, mask, dpo.DPOConfig.beta)
+    return dict(token_logprobs=keep, dpo_loss=loss)
+
+
+def with_state_values(state_values):
+    """ppo.collect that keeps the batch, and ppo.gae on the reader's values of its states in place of the critic's."""
+    kept = []
+
+    def collect(config, *arguments):
+        batch, prompts, rollout, rewards, texts = ppo.collect(config, *arguments)
+        kept[:] = rollout.completion_ids, rollout.mask, rewards, config.group_size
+        return batch, prompts, rollout, rewards, texts
+
+    def advantage(rewards, values, mask, gamma, lam):
+        return ppo.gae(rewards, state_values(*kept).to(rewards), mask, gamma, lam)
+    return dict(collect=collect, advantage=advantage)
+
+
 def plain_critic(config, policy, device):
     """ppo.start_critic for the bug hunts: a number per state, values of 0 at first."""
     return policy.with_head(ScalarGPT)
@@ -191,8 +222,12 @@ SWAPS = {
              ("accuracy", "clip_high", "clip_low", "kl")),
     19: Swap(ppo, lambda m: dict(start_critic=critic_with_optimizer(m.critic_and_optimizer)), FRESH_CRITIC, OF_CRITICS,
              in_place=lambda m: dict(optimizer_for=optimizer_brought), both=dict(start_critic=plain_critic)),
+    20: Swap(dpo, panels=("loss", "accuracy", "margin", "chosen"), in_place=lambda m: with_dpo_loss(m.dpo_loss),
+             pace=2),
+    21: Swap(ppo, lambda m: with_state_values(m.state_values)),
 }
-REFERENCE = {9: "the reward `correct`", 11: "the reward `correct`, whose own reward is drawn"}
+REFERENCE = {9: "the reward `correct`", 11: "the reward `correct`, whose own reward is drawn",
+             21: "the values of PPO's critic"}
 
 
 def value_column(gae):
@@ -207,7 +242,7 @@ def value_column(gae):
 
 def run(swap, mine, steps):
     """Train with the parts of a reader's module, or with the real ones if it is None -> the policy, rows of metrics."""
-    short = {} if swap.loop is reward_model else SHORT
+    short = {} if swap.loop in (reward_model, dpo) else SHORT
     config = CONFIGS[swap.loop](**{**dict(run="", device="cpu", steps=swap.pace * steps), **short, **swap.settings})
     arguments = {**swap.both, **(swap.arguments(mine) if mine else {})}
     if "value" in swap.panels:
