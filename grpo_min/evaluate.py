@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo_min.gold import MAXIMUM, gold_score, is_correct
+from grpo_min.gold import gold_score, is_correct
 from grpo_min.rewards import correct, final_answer, numbers
 from grpo_min.rollout import Prompts, sample
 from grpo_min.run.checkpoint import load_model
@@ -135,7 +135,6 @@ def evaluate(policy, domain, rows, opponent=None, samples=4, temperature=1.0,
         facts = [(row["animal"], row["attribute"]) for row in rows for _ in range(samples)]
         right = [is_correct(text, *fact) for text, fact in zip(texts, facts)]
         figures["correct"] = per_prompt(right).mean(1)
-        figures["share_of_maximum"] = scores.mean(1) / MAXIMUM
         if opponent is not None:
             theirs, ended, _ = answers(opponent, prompts, samples, temperature,
                                        max_new_tokens, seed=1)

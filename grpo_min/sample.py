@@ -79,15 +79,11 @@ def main(argv=None):
         return
     print("ask, for example: what does a cow eat?   or: start with 3, times 9, minus 7.   "
           "(an empty line ends)")
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if not text:
-            return
-        answer(text)
+    try:
+        while text := input("> ").strip():
+            answer(text)
+    except (EOFError, KeyboardInterrupt):
+        print()
 
 
 if __name__ == "__main__":

@@ -12,10 +12,6 @@ An aggregation says by what the sum over a completion's tokens is divided before
 over completions, in the surrogate and in the KL penalty alike, as in DeepSeekMath's eq. 3
 (with the default, `sum`, the KL is that of a whole completion). With minibatches `token`
 counts the tokens of the minibatch, and under torchrun those of each rank's own batch.
-
-Not here: the loss on the tokens of highest entropy alone (2506.01939; TRL's
-top_entropy_quantile). A loss is not told entropies, and they cannot be cut from the mask,
-which is also what the model may attend to.
 """
 import math
 from dataclasses import dataclass, replace
@@ -26,7 +22,7 @@ import torch.nn.functional as F
 from grpo_min import grpo
 from grpo_min.grpo import GRPOConfig, group_advantages, policy_loss
 from grpo_min.rewards import numbers, score
-from grpo_min.rollout import Prompts, Rollout, sample
+from grpo_min.rollout import Prompts, Rollout, sample, token_logprobs
 from grpo_min.run.config import option, parse, require, run_command
 from grpo_min.run.data import batch_rows
 from grpo_min.run.ranks import RANKS
@@ -139,7 +135,7 @@ def vespo_weight(logprobs, old_logprobs, advantages, mask):
     return (k * log_w + decay * (1 - log_w.exp())).exp()  # (B, N)
 
 
-def make_loss(config, clipped=None):
+def make_loss(config, clipped=None, kept=None):
     """A function in place of grpo.policy_loss, with the ratio, clip and sums of config.
 
     ratio `sequence` is GSPO's (2507.18071, eq. 5 to 7): one ratio for a completion, the
@@ -160,11 +156,13 @@ def make_loss(config, clipped=None):
     entropy_coef takes the whole distribution, and always the mean over tokens.
 
     clipped: a list that is given the shares of tokens below and above config's bounds.
+    kept: a list of the (B, N) that says which tokens have an advantage; empty: all.
     """
     low, high = config.clip_eps, config.clip_eps_high or config.clip_eps
 
     def loss(logprobs, old_logprobs, advantages, mask, clip_eps, penalty=0.0):
         divisor = AGGREGATIONS[config.aggregation](mask, config)
+        advantages = advantages * kept[0] if kept else advantages  # (B, N)
         log_ratio = logprobs - old_logprobs  # (B, N)
         if config.kl == "unbiased":
             penalty = penalty * log_ratio.exp()  # (B, N)
@@ -194,7 +192,7 @@ def make_loss(config, clipped=None):
     return loss
 
 
-# --- completions that are too long --------------------------------------------------------
+# --- completions that are too long, tokens that are too certain ---------------------------
 
 def overlong_penalty(lengths, longest, buffer):
     """DAPO's soft penalty (2503.14476, eq. 13): 0 up to longest - buffer tokens, and from
@@ -202,16 +200,25 @@ def overlong_penalty(lengths, longest, buffer):
     return -((lengths - (longest - buffer)) / buffer).clamp(min=0)
 
 
-def shaped(collect):
-    """collect, and then what config says of completions that are too long.
+def shaped(collect, kept=None):
+    """collect, and then what config says of completions that are too long, and of tokens.
 
     overlong_buffer adds the penalty to the reward, after dynamic sampling; what a reward
     did not judge has the mean of its group again.
     mask_cut leaves what the length limit cut out of the loss and of the metrics (overlong
     filtering, section 3.4), but not out of the mean. TRL: mask_truncated_completions.
+    top_entropy leaves an advantage to that share of the batch's tokens which were sampled
+    with the highest entropy (2506.01939), as the list kept is told; the divisors and the KL
+    have all. TRL: top_entropy_quantile, with the entropies at each update.
     """
-    def shaped_collect(config, *arguments):
-        batch, prompts, rollout, rewards, texts = collect(config, *arguments)
+    def shaped_collect(config, policy, *arguments):
+        batch, prompts, rollout, rewards, texts = collect(config, policy, *arguments)
+        if config.top_entropy < 1:
+            with torch.no_grad():
+                _, entropy = token_logprobs(policy, prompts, rollout.completion_ids,
+                                            rollout.mask, config.temperature)  # (B, N)
+            least = entropy[rollout.mask].quantile(1 - config.top_entropy)
+            kept[:] = [entropy >= least]  # (B, N)
         if config.overlong_buffer > 0:
             longest, judged = config.max_new_tokens, rollout.length > 0  # (B,)
             rewards = rewards + overlong_penalty(rollout.length, longest,
@@ -346,6 +353,8 @@ class VariantConfig(GRPOConfig):
     overlong_buffer: float = option(0.0, "share of max_new_tokens, at the end, in which "
                                     "the reward falls by up to 1; 0: none")
     mask_cut: bool = option(False, "what the length limit cut is left out of the loss")
+    top_entropy: float = option(1.0, "share of the tokens, those of the highest entropy, "
+                                "that have an advantage (the paper: 0.2)")
 
 
 def train(config, collect=None, advantage=None, loss=None, evaluate=None, **parts):
@@ -365,7 +374,11 @@ def train(config, collect=None, advantage=None, loss=None, evaluate=None, **part
             "--no-scale-advantages")
     require(config.microbatches == 1 or config.aggregation != "token",
             "--aggregation token divides by the whole batch's tokens: --microbatches 1")
-    clipped, dropped = [], []
+    require(0 < config.top_entropy <= 1,
+            f"--top-entropy is a share above 0, up to 1, not {config.top_entropy}")
+    require(config.top_entropy == 1 or config.minibatches == config.microbatches == 1,
+            "--top-entropy compares a whole batch: --minibatches 1 --microbatches 1")
+    clipped, dropped, kept = [], [], []
 
     def further_metrics(policy, step):
         row = dict(evaluate(policy, step)) if evaluate else {}
@@ -376,9 +389,10 @@ def train(config, collect=None, advantage=None, loss=None, evaluate=None, **part
         clipped.clear()
         return row
     if loss is None:
-        loss = make_loss(config, clipped)
+        loss = make_loss(config, clipped, kept)
     if collect is None:
-        collect = shaped(refilled(dropped) if config.dynamic_sampling else grpo.collect)
+        collect = refilled(dropped) if config.dynamic_sampling else grpo.collect
+        collect = shaped(collect, kept)
     return grpo.train(config, collect=collect, loss=loss, evaluate=further_metrics,
                       advantage=advantage or ADVANTAGES[config.advantage], **parts)
 

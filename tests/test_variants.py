@@ -470,6 +470,8 @@ def test_arguments_win_over_names(tmp_path):
                                         (dict(clip_max=-1.0), "--clip-max"),
                                         (dict(overlong_buffer=1.1), "--overlong-buffer"),
                                         (dict(entropy_coef=-0.1), "--entropy-coef"),
+                                        (dict(top_entropy=0.0), "--top-entropy is a share"),
+                                        (dict(top_entropy=0.2, minibatches=2), "--top-entropy compares a whole batch"),
                                         (dict(kl="unbiased", kl_in="reward"), "--kl-in reward"),
                                         (dict(scale_advantages=True, advantage="batch"), "--scale-advantages")])
 def test_settings_that_cannot_work(more, said, tmp_path):
@@ -781,6 +783,29 @@ def test_length_counts_in_the_loop_after_dynamic_sampling(more, dynamic_sampling
     before = rewards + expected
     assert all(reward in (0, 1, 2) for reward in before.round(decimals=5).tolist()) and expected.max() == 1
     assert close(advantages[:, 0], group_advantages(rewards, 3))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_tokens_of_the_highest_entropy_alone_have_an_advantage(share, tmp_path, watch):
+    """As many of the batch's tokens as asked for, the most uncertain ones; what the others have is the penalty."""
+    computed, used = watch(variants, "token_logprobs"), watch(variants, "policy_loss")
+    variants.train(settings(variants, tmp_path, steps=1, top_entropy=share, beta=0.0), reward=letter_e)
+    ((_, _, _, mask, _), (_, entropy)), = computed
+    ((_, _, advantages, *_), _), = used
+    whole = advantages.abs().amax(dim=1, keepdim=True).expand_as(mask) > 0             # the group was not equal
+    kept = advantages != 0
+    assert whole.any() and not (kept & ~whole).any()
+    assert entropy[mask & kept].min() > entropy[mask & whole & ~kept].max()
+    rank = (entropy[mask] >= entropy[mask & kept].min()).double().mean().item()
+    assert abs(rank - share) < 0.06
+
+
+def test_without_an_advantage_a_token_still_has_the_penalty():
+    config, mask = VariantConfig(top_entropy=0.5), torch.ones(1, 2).bool()
+    loss = make_loss(config, kept=[torch.tensor([[True, False]])])
+    logprobs = torch.zeros(1, 2, requires_grad=True)
+    loss(logprobs, torch.zeros(1, 2), torch.tensor([[3.0]]), mask, 0.2, 5.0 * logprobs).backward()
+    assert logprobs.grad.tolist() == [[-3.0 + 5, 5]]
 
 
 # --- several rewards ----------------------------------------------------------------------------------------------
