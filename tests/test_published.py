@@ -49,26 +49,23 @@ def test_learning_is_drawn_from_the_committed_curves(tmp_path):
 
 
 def test_publish_copies_what_is_there_and_fills_in_the_pages(tmp_path, monkeypatch):
-    results, run, again = tmp_path / "results", tmp_path / "run", tmp_path / "again"
-    for folder in results, run / "sft", run / "compare/critic-correct", again / "compare":
+    results, run = tmp_path / "results", tmp_path / "run"
+    for folder in results, run / "sft", run / "compare/critic-correct":
         folder.mkdir(parents=True)
     page = tmp_path / "page.md"
     page.write_text("a <!-- pipeline.md -->old<!-- end of pipeline.md --> b")
     shutil.copy(publish.RESULTS / "comparison-correct.csv", run / "compare")
     (run / "pipeline.md").write_text("seconds")
-    (again / "pipeline.md").write_text("seconds of another time\n")
-    (again / "compare/comparison-correct.md").write_text("heading\n\ntable\n\ncosts\n")
     tiny.checkpoint(run / "sft/checkpoint.pt", seed=3)
     tiny.critic_checkpoint(run / "compare/critic-correct/checkpoint.pt")
     monkeypatch.setattr(publish, "RESULTS", results)
     monkeypatch.setattr(publish, "DATA", tmp_path / "data")
     monkeypatch.setattr(publish, "PAGES", [page])
     monkeypatch.setattr(publish, "scores", lambda: dict(base_loss=1.0))
-    publish.main(["--run", str(run), "--again", str(again), "--benchmark", str(tmp_path / "none")])
-    assert page.read_text() == "a <!-- pipeline.md -->\nseconds of another time\n<!-- end of pipeline.md --> b"
-    assert (results / "again.md").read_text() == "heading\n\ntable\n"
+    publish.main(["--run", str(run), "--benchmark", str(tmp_path / "none")])
+    assert page.read_text() == "a <!-- pipeline.md -->\nseconds\n<!-- end of pipeline.md --> b"
     written = sorted(path.name for path in results.iterdir())
-    assert written == ["again.md", "comparison-correct.csv", "learning.png", "pipeline.md"]
+    assert written == ["comparison-correct.csv", "learning.png", "pipeline.md"]
     committed = tmp_path / "data/checkpoints"
     assert sorted(path.name for path in committed.iterdir()) == ["critic.pt", "scores.json", "sft.pt"]
     for name, kind, stage in ("sft", GPT, "sft"), ("critic", Critic, "compare/critic-correct"):

@@ -36,7 +36,6 @@ TABLES = ["pipeline.md", "before_after.md", "reward_model/reward_model.md", "rew
 class PublishConfig:
     """Copy the results of the main job to tutorials/results and data/checkpoints, and put the tables into the pages."""
     run: str = option("runs/main", "folder of the main job")
-    again: str = option("runs/again", "folder of the main job once more: its seconds and what it reached, where it is")
     benchmark: str = option("runs/benchmark", "folder of the benchmark; with _real behind it, of that of a real model")
 
 
@@ -53,15 +52,10 @@ def publish(config):
     save_file(DATA / "checkpoints" / "scores.json", json.dumps(scores(), indent=1).encode())
     paths = [*(run / name for name in TABLES), *sorted((run / "compare").glob("comparison-*")),
              *sorted(Path(config.benchmark).glob("benchmark.*")),
-             *sorted(Path(f"{config.benchmark}_real").glob("benchmark_real.*")), Path(config.again) / "pipeline.md"]
+             *sorted(Path(f"{config.benchmark}_real").glob("benchmark_real.*"))]
     for path in paths:
         if path.exists():
             save_file(RESULTS / path.name, path.read_bytes())
-    reached = []
-    for path in sorted((Path(config.again) / "compare").glob("comparison-*.md")):
-        reached += path.read_text(encoding="utf-8").split("\n\n")[:2]                 # the heading and the first table
-    if reached:
-        save_file(RESULTS / "again.md", ("\n\n".join(reached) + "\n").encode())
     plot_learning(RESULTS / "comparison-correct.csv", RESULTS / "learning.png")
     for page in PAGES:
         save_file(page, fill_in(page.read_text(encoding="utf-8")).encode())
