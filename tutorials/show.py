@@ -1,9 +1,12 @@
 """What the notebooks show things with: coloured tokens, tables, lines of the package, committed results."""
+import contextlib
 import csv
 import inspect
+import io
 import os
 from pathlib import Path
 
+import torch
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
@@ -97,3 +100,85 @@ def result(name):
 def published(name):
     """A committed tutorials/results/NAME.md, as it is."""
     display(Markdown((RESULTS / f"{name}.md").read_text(encoding="utf-8")))
+
+
+# --- 02: A small GPT --------------------------------------------------------------------------------------------------
+
+def quietly(train, *arguments, **settings):
+    """What a training gives back. Of what it prints only the notes are shown, not the log."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = train(*arguments, **settings)
+    print("".join(f"{line}\n" for line in printed.getvalue().splitlines() if "note:" in line), end="")
+    return result
+
+
+@torch.no_grad()
+def attention_weights(model, ids):
+    """The attention weights in each layer of a GPT that reads ids (T,): (layers, H, T, T)."""
+    x, layers, T = model.embed(ids[None], torch.arange(len(ids))), [], len(ids)
+    for block in model.blocks:
+        q, k, _ = block.attention.split(block.attention.qkv(block.norm1(x)))  # (1, H, T, E) each
+        fit = (q @ k.transpose(-1, -2))[0] / q.shape[-1] ** 0.5  # (H, T, T)
+        layers.append(fit.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1))
+        x, _ = block(x)
+    return torch.stack(layers)
+
+
+def heads(model, ids, P):
+    """Two heads on a text whose prompt has P tokens: the one that reads most from each "is" to the operation before it,
+    and the one that reads most from the thinking to the prompt."""
+    weights, T = attention_weights(model, ids), len(ids)
+    text = [model.tokenizer.decode([i]).strip() for i in ids.tolist()]
+    of_is = [t for t in range(T) if text[t] == "is"]
+    scores = {"from 'is' to the operation": torch.stack([weights[:, :, t, t - 2] for t in of_is]).mean(0),
+              "from thinking to the prompt": weights[:, :, P:-2, 1:P].sum(-1).mean(-1)}  # (layers, H) each
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6.4))
+    for axis, (name, score) in zip(axes, scores.items()):
+        layer, head = divmod(int(score.argmax()), score.shape[1])
+        axis.imshow(weights[layer, head], cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(range(T), text, rotation=90, fontsize=8)
+        axis.set_yticks(range(T), text, fontsize=8)
+        axis.set(xlabel="token that is read", ylabel="token that reads")
+        axis.set_title(f"{name}: layer {layer + 1}, head {head + 1}, {score.max():.0%} of its weight", fontsize=10)
+        axis.axhline(P - 0.5, color="orange", lw=0.8)
+        axis.axvline(P - 0.5, color="orange", lw=0.8)
+    plt.show()
+
+
+def padding(completion_ids, mask, tokenizer):
+    """Padded completions as a rectangle of tokens; blue where the mask is True."""
+    figure, axis = plt.subplots(figsize=(10, 2.4))
+    axis.imshow(mask, cmap="Blues", vmin=0, vmax=2, aspect="auto")
+    for (b, t), i in zip(((b, t) for b in range(len(mask)) for t in range(mask.shape[1])), completion_ids.flatten()):
+        name = {tokenizer.pad: "pad", tokenizer.end: "END"}.get(int(i), tokenizer.decode([int(i)]).strip())
+        axis.text(t, b, name, ha="center", va="center", fontsize=7, color="black" if mask[b, t] else "grey")
+    axis.set(xlabel="t, token of the completion", ylabel="completion b")
+    plt.show()
+
+
+def drawing(probs, uniforms, drawn, decode):
+    """Probabilities (V,) side by side from 0 to 1, and the tokens drawn by some uniform numbers."""
+    left = probs.cumsum(0) - probs
+    figure, axis = plt.subplots(figsize=(10, 1.9))
+    for i in (probs > 0.002).nonzero().flatten().tolist():
+        axis.barh(0, probs[i], left=left[i], color=plt.cm.tab20(i % 20), edgecolor="white")
+        if probs[i] > 0.025:
+            axis.text(left[i] + probs[i] / 2, 0, decode([i]).strip(), ha="center", va="center", fontsize=8)
+    for number, i in zip(uniforms.tolist(), drawn.tolist()):
+        axis.annotate(decode([i]).strip(), (number, 0.42), (number, 0.95), ha="center", fontsize=8, rotation=40,
+                      arrowprops=dict(arrowstyle="->"))
+    axis.set(xlim=(0, 1), ylim=(-0.5, 1.5), yticks=[], xlabel="uniform number, and cumulative probability of the tokens")
+    axis.spines["left"].set_visible(False)
+    plt.show()
+
+
+def losses(values, levels):
+    """The loss of each update, and levels {name: height} to compare it with."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    axis.plot(range(1, len(values) + 1), values)
+    for name, height in levels.items():
+        axis.axhline(height, color="grey", lw=0.8, ls="--")
+        axis.text(len(values) * 1.01, height, f"{height:.2f}: {name}", va="center", fontsize=8)
+    axis.set(xlabel="update", ylabel="loss (nats per token)", ylim=(0, None), xlim=(0, len(values)))
+    plt.show()
