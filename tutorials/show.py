@@ -3,14 +3,24 @@ import contextlib
 import csv
 import inspect
 import io
+import json
+import math
 import os
+import random
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
 import grpo_min
+from grpo_min import gold
+from grpo_min.evaluate import wilson
+from grpo_min.lab import label
+from grpo_min.run.files import make_folder
+from grpo_min.run.rng import generator
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
 
 if get_ipython():
@@ -182,3 +192,87 @@ def losses(values, levels):
         axis.text(len(values) * 1.01, height, f"{height:.2f}: {name}", va="center", fontsize=8)
     axis.set(xlabel="update", ylabel="loss (nats per token)", ylim=(0, None), xlim=(0, len(values)))
     plt.show()
+
+
+# --- 03: Rewards ------------------------------------------------------------------------------------------------------
+
+def paid_and_right(rows, name):
+    """What a run was paid, and how often it was right: in each step (pale), and the mean of five (strong)."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for key, text, colour in ("reward", f"reward by `{name}`", "C1"), ("accuracy", "share of right answers", "C0"):
+        steps, values = zip(*[(row["step"] + 1, row[key]) for row in rows if row.get(key, "") != ""])
+        axis.plot(steps, values, color=colour, alpha=0.25)
+        window = 5 if len(values) > 10 else 1
+        axis.plot(steps[window - 1:], np.convolve(values, np.ones(window) / window, "valid"), color=colour, label=text)
+    axis.set(xlabel="step", ylabel="mean over the completions", ylim=(0, 1.05))
+    axis.legend()
+    plt.show()
+
+
+def noise(difference):
+    """How often the better of two answers was chosen, by the distance of their gold scores (chosen minus rejected)."""
+    gap, x = np.abs(difference), np.linspace(0, 8, 100)
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    axis.plot(x, 1 / (1 + np.exp(-x)), color="grey", label="1 / (1 + exp(-distance))")
+    for low, high in [(0.05, 0.8), (0.8, 1.3), (1.3, 2), (2, 3.2), (3.2, 4.5), (4.5, 5.5), (5.5, 8)]:
+        inside = (gap > low) & (gap <= high)
+        share, down, up = wilson(difference[inside] > 0)
+        axis.errorbar(gap[inside].mean(), share, [[share - down], [max(up - share, 0)]], fmt="o", color="C0")
+    axis.set(xlabel="distance of the two gold scores", ylabel="share of choices for\nthe better answer", ylim=(0.4, 1.03))
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def margins(shares):
+    """The expected Bradley-Terry loss by the margin, where a share of the annotators chooses the first answer."""
+    margin = torch.linspace(-1, 6, 701)
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for share in shares:
+        expected = share * F.softplus(-margin) + (1 - share) * F.softplus(margin)
+        best = margin[expected.argmin()]
+        line, = axis.plot(margin, expected, label=f"{share:.0%} choose the first" +
+                          (f": best margin {best.abs():.2f}" if share < 1 else ": no best margin"))
+        if share < 1:
+            axis.plot(best, expected.min(), "o", color=line.get_color())
+    axis.set(xlabel="margin between the two scores", ylabel="expected loss (nats)", ylim=(0, 3))
+    axis.legend()
+    plt.show()
+
+
+def calibration(judgements):
+    """Predicted probability against what was seen, with 95% intervals, for {name: reward_model.judge(..)}."""
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    axis.plot([0.5, 1], [0.5, 1], color="grey", lw=1, label="perfect")
+    for shift, (name, figures) in zip((-0.004, 0.004), judgements.items()):
+        predicted, seen, count = np.array(figures["calibration"]).T
+        limits = np.array([wilson(np.arange(n) < share * n) for share, n in zip(seen, count)])  # (bins, 3)
+        error = np.maximum([seen - limits[:, 1], limits[:, 2] - seen], 0)
+        axis.errorbar(predicted + shift, seen, error, fmt="o", capsize=3, label=name)
+    axis.set(xlabel="probability that the model gives its favourite", ylabel="share of pairs that went so",
+             ylim=(0.3, 1.03))
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def scores(gold_scores, model_scores, right):
+    """Each answer's gold score, spread a little, and the reward model's."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    spread = gold_scores + np.random.default_rng(0).uniform(-0.1, 0.1, len(gold_scores))
+    for which, name in (right, "right"), (~right, "wrong"):
+        axis.scatter(spread[which], model_scores[which], s=9, alpha=0.5, label=name)
+    axis.set(xlabel="gold score (spread a little)", ylabel="reward model's score")
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def simulated_annotator(policy, asked, count, path):
+    """Sample pairs of answers to the questions asked (columns), choose by the gold score with Bradley-Terry noise, and
+    write a file like that of grpo_min.lab.label."""
+    facts = dict(zip(asked["prompt"], zip(asked["animal"], asked["attribute"])))
+    rows, rng = [], random.Random(1)
+    for prompt, *two in label.sample_pairs(policy, list(facts), count, [], label.LabelConfig(), generator(1, 0)):
+        one, other = gold.gold_score([prompt] * 2, two, *([value] * 2 for value in facts[prompt]))
+        first = rng.random() < 1 / (1 + math.exp(other - one))
+        rows.append(dict(prompt=prompt, chosen=two[not first], rejected=two[first]))
+    make_folder(path.parent)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
