@@ -1,13 +1,26 @@
 """What the notebooks show things with: coloured tokens, tables, lines of the package, committed results."""
+import contextlib
 import csv
 import inspect
+import io
+import json
+import math
 import os
+import random
 from pathlib import Path
 
+import numpy as np
+import torch
+import torch.nn.functional as F
 from IPython import get_ipython
 from IPython.display import Markdown, display
 
 import grpo_min
+from grpo_min import gold
+from grpo_min.evaluate import wilson
+from grpo_min.lab import label
+from grpo_min.run.files import make_folder
+from grpo_min.run.rng import generator
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
 
 if get_ipython():
@@ -97,3 +110,169 @@ def result(name):
 def published(name):
     """A committed tutorials/results/NAME.md, as it is."""
     display(Markdown((RESULTS / f"{name}.md").read_text(encoding="utf-8")))
+
+
+# --- 02: A small GPT --------------------------------------------------------------------------------------------------
+
+def quietly(train, *arguments, **settings):
+    """What a training gives back. Of what it prints only the notes are shown, not the log."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        result = train(*arguments, **settings)
+    print("".join(f"{line}\n" for line in printed.getvalue().splitlines() if "note:" in line), end="")
+    return result
+
+
+@torch.no_grad()
+def attention_weights(model, ids):
+    """The attention weights in each layer of a GPT that reads ids (T,): (layers, H, T, T)."""
+    x, layers, T = model.embed(ids[None], torch.arange(len(ids))), [], len(ids)
+    for block in model.blocks:
+        q, k, _ = block.attention.split(block.attention.qkv(block.norm1(x)))  # (1, H, T, E) each
+        fit = (q @ k.transpose(-1, -2))[0] / q.shape[-1] ** 0.5  # (H, T, T)
+        layers.append(fit.masked_fill(torch.ones(T, T).triu(1).bool(), -torch.inf).softmax(-1))
+        x, _ = block(x)
+    return torch.stack(layers)
+
+
+def heads(model, ids, P):
+    """Two heads on a text whose prompt has P tokens: the one that reads most from each "is" to the operation before it,
+    and the one that reads most from the thinking to the prompt."""
+    weights, T = attention_weights(model, ids), len(ids)
+    text = [model.tokenizer.decode([i]).strip() for i in ids.tolist()]
+    of_is = [t for t in range(T) if text[t] == "is"]
+    scores = {"from 'is' to the operation": torch.stack([weights[:, :, t, t - 2] for t in of_is]).mean(0),
+              "from thinking to the prompt": weights[:, :, P:-2, 1:P].sum(-1).mean(-1)}  # (layers, H) each
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6.4))
+    for axis, (name, score) in zip(axes, scores.items()):
+        layer, head = divmod(int(score.argmax()), score.shape[1])
+        axis.imshow(weights[layer, head], cmap="Blues", vmin=0, vmax=1)
+        axis.set_xticks(range(T), text, rotation=90, fontsize=8)
+        axis.set_yticks(range(T), text, fontsize=8)
+        axis.set(xlabel="token that is read", ylabel="token that reads")
+        axis.set_title(f"{name}: layer {layer + 1}, head {head + 1}, {score.max():.0%} of its weight", fontsize=10)
+        axis.axhline(P - 0.5, color="orange", lw=0.8)
+        axis.axvline(P - 0.5, color="orange", lw=0.8)
+    plt.show()
+
+
+def padding(completion_ids, mask, tokenizer):
+    """Padded completions as a rectangle of tokens; blue where the mask is True."""
+    figure, axis = plt.subplots(figsize=(10, 2.4))
+    axis.imshow(mask, cmap="Blues", vmin=0, vmax=2, aspect="auto")
+    for (b, t), i in zip(((b, t) for b in range(len(mask)) for t in range(mask.shape[1])), completion_ids.flatten()):
+        name = {tokenizer.pad: "pad", tokenizer.end: "END"}.get(int(i), tokenizer.decode([int(i)]).strip())
+        axis.text(t, b, name, ha="center", va="center", fontsize=7, color="black" if mask[b, t] else "grey")
+    axis.set(xlabel="t, token of the completion", ylabel="completion b")
+    plt.show()
+
+
+def drawing(probs, uniforms, drawn, decode):
+    """Probabilities (V,) side by side from 0 to 1, and the tokens drawn by some uniform numbers."""
+    left = probs.cumsum(0) - probs
+    figure, axis = plt.subplots(figsize=(10, 1.9))
+    for i in (probs > 0.002).nonzero().flatten().tolist():
+        axis.barh(0, probs[i], left=left[i], color=plt.cm.tab20(i % 20), edgecolor="white")
+        if probs[i] > 0.025:
+            axis.text(left[i] + probs[i] / 2, 0, decode([i]).strip(), ha="center", va="center", fontsize=8)
+    for number, i in zip(uniforms.tolist(), drawn.tolist()):
+        axis.annotate(decode([i]).strip(), (number, 0.42), (number, 0.95), ha="center", fontsize=8, rotation=40,
+                      arrowprops=dict(arrowstyle="->"))
+    axis.set(xlim=(0, 1), ylim=(-0.5, 1.5), yticks=[], xlabel="uniform number, and cumulative probability of the tokens")
+    axis.spines["left"].set_visible(False)
+    plt.show()
+
+
+def losses(values, levels):
+    """The loss of each update, and levels {name: height} to compare it with."""
+    figure, axis = plt.subplots(figsize=(8, 3.2))
+    axis.plot(range(1, len(values) + 1), values)
+    for name, height in levels.items():
+        axis.axhline(height, color="grey", lw=0.8, ls="--")
+        axis.text(len(values) * 1.01, height, f"{height:.2f}: {name}", va="center", fontsize=8)
+    axis.set(xlabel="update", ylabel="loss (nats per token)", ylim=(0, None), xlim=(0, len(values)))
+    plt.show()
+
+
+# --- 03: Rewards ------------------------------------------------------------------------------------------------------
+
+def paid_and_right(rows, name):
+    """What a run was paid, and how often it was right: in each step (pale), and the mean of five (strong)."""
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for key, text, colour in ("reward", f"reward by `{name}`", "C1"), ("accuracy", "share of right answers", "C0"):
+        steps, values = zip(*[(row["step"] + 1, row[key]) for row in rows if row.get(key, "") != ""])
+        axis.plot(steps, values, color=colour, alpha=0.25)
+        window = 5 if len(values) > 10 else 1
+        axis.plot(steps[window - 1:], np.convolve(values, np.ones(window) / window, "valid"), color=colour, label=text)
+    axis.set(xlabel="step", ylabel="mean over the completions", ylim=(0, 1.05))
+    axis.legend()
+    plt.show()
+
+
+def noise(difference):
+    """How often the better of two answers was chosen, by the distance of their gold scores (chosen minus rejected)."""
+    gap, x = np.abs(difference), np.linspace(0, 8, 100)
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    axis.plot(x, 1 / (1 + np.exp(-x)), color="grey", label="1 / (1 + exp(-distance))")
+    for low, high in [(0.05, 0.8), (0.8, 1.3), (1.3, 2), (2, 3.2), (3.2, 4.5), (4.5, 5.5), (5.5, 8)]:
+        inside = (gap > low) & (gap <= high)
+        share, down, up = wilson(difference[inside] > 0)
+        axis.errorbar(gap[inside].mean(), share, [[share - down], [max(up - share, 0)]], fmt="o", color="C0")
+    axis.set(xlabel="distance of the two gold scores", ylabel="share of choices for\nthe better answer", ylim=(0.4, 1.03))
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def margins(shares):
+    """The expected Bradley-Terry loss by the margin, where a share of the annotators chooses the first answer."""
+    margin = torch.linspace(-1, 6, 701)
+    figure, axis = plt.subplots(figsize=(6, 2.8))
+    for share in shares:
+        expected = share * F.softplus(-margin) + (1 - share) * F.softplus(margin)
+        best = margin[expected.argmin()]
+        line, = axis.plot(margin, expected, label=f"{share:.0%} choose the first" +
+                          (f": best margin {best.abs():.2f}" if share < 1 else ": no best margin"))
+        if share < 1:
+            axis.plot(best, expected.min(), "o", color=line.get_color())
+    axis.set(xlabel="margin between the two scores", ylabel="expected loss (nats)", ylim=(0, 3))
+    axis.legend()
+    plt.show()
+
+
+def calibration(judgements):
+    """Predicted probability against what was seen, with 95% intervals, for {name: reward_model.judge(..)}."""
+    figure, axis = plt.subplots(figsize=(5, 3.6))
+    axis.plot([0.5, 1], [0.5, 1], color="grey", lw=1, label="perfect")
+    for shift, (name, figures) in zip((-0.004, 0.004), judgements.items()):
+        predicted, seen, count = np.array(figures["calibration"]).T
+        limits = np.array([wilson(np.arange(n) < share * n) for share, n in zip(seen, count)])  # (bins, 3)
+        error = np.maximum([seen - limits[:, 1], limits[:, 2] - seen], 0)
+        axis.errorbar(predicted + shift, seen, error, fmt="o", capsize=3, label=name)
+    axis.set(xlabel="probability that the model gives its favourite", ylabel="share of pairs that went so",
+             ylim=(0.3, 1.03))
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def scores(gold_scores, model_scores, right):
+    """Each answer's gold score, spread a little, and the reward model's."""
+    figure, axis = plt.subplots(figsize=(6, 3.6))
+    spread = gold_scores + np.random.default_rng(0).uniform(-0.1, 0.1, len(gold_scores))
+    for which, name in (right, "right"), (~right, "wrong"):
+        axis.scatter(spread[which], model_scores[which], s=9, alpha=0.5, label=name)
+    axis.set(xlabel="gold score (spread a little)", ylabel="reward model's score")
+    axis.legend(loc="lower right")
+    plt.show()
+
+
+def simulated_annotator(policy, asked, count, path):
+    """Sample pairs of answers to the questions asked (columns), choose by the gold score with Bradley-Terry noise, and
+    write a file like that of grpo_min.lab.label."""
+    facts = dict(zip(asked["prompt"], zip(asked["animal"], asked["attribute"])))
+    rows, rng = [], random.Random(1)
+    for prompt, *two in label.sample_pairs(policy, list(facts), count, [], label.LabelConfig(), generator(1, 0)):
+        one, other = gold.gold_score([prompt] * 2, two, *([value] * 2 for value in facts[prompt]))
+        first = rng.random() < 1 / (1 + math.exp(other - one))
+        rows.append(dict(prompt=prompt, chosen=two[not first], rejected=two[first]))
+    make_folder(path.parent)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
