@@ -20,8 +20,8 @@ from grpo_min import gold
 from grpo_min.evaluate import wilson
 from grpo_min.lab import label
 from grpo_min.run.files import make_folder
-from grpo_min.run.rng import generator
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
+from grpo_min.run.rng import generator
 
 if get_ipython():
     get_ipython().run_line_magic("matplotlib", "inline")
@@ -178,7 +178,8 @@ def drawing(probs, uniforms, drawn, decode):
     for number, i in zip(uniforms.tolist(), drawn.tolist()):
         axis.annotate(decode([i]).strip(), (number, 0.42), (number, 0.95), ha="center", fontsize=8, rotation=40,
                       arrowprops=dict(arrowstyle="->"))
-    axis.set(xlim=(0, 1), ylim=(-0.5, 1.5), yticks=[], xlabel="uniform number, and cumulative probability of the tokens")
+    axis.set(xlim=(0, 1), ylim=(-0.5, 1.5), yticks=[],
+             xlabel="uniform number, and cumulative probability of the tokens")
     axis.spines["left"].set_visible(False)
     plt.show()
 
@@ -218,7 +219,8 @@ def noise(difference):
         inside = (gap > low) & (gap <= high)
         share, down, up = wilson(difference[inside] > 0)
         axis.errorbar(gap[inside].mean(), share, [[share - down], [max(up - share, 0)]], fmt="o", color="C0")
-    axis.set(xlabel="distance of the two gold scores", ylabel="share of choices for\nthe better answer", ylim=(0.4, 1.03))
+    axis.set(xlabel="distance of the two gold scores", ylabel="share of choices for\nthe better answer",
+             ylim=(0.4, 1.03))
     axis.legend(loc="lower right")
     plt.show()
 
