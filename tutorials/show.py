@@ -112,6 +112,34 @@ def published(name):
     display(Markdown((RESULTS / f"{name}.md").read_text(encoding="utf-8")))
 
 
+def loop(kind):
+    """A step of "grpo" or "ppo" as boxes: trained networks are blue, frozen ones grey, what is no network white."""
+    ppo, trained, frozen = kind == "ppo", "#9ecae1", "0.85"
+    boxes = {"prompts": (0, 1, "white"), "policy\nsamples": (1, 1, trained), "rewards": (2, 1, "white"),
+             "advantages": (3, 1, "white"), "update": (4, 1, "white"), "reward model,\nor a rule": (2, 0, frozen),
+             "reference": (4, 0, frozen), "critic:\nvalue of each state" if ppo else "mean reward\nof the group":
+             (3, 0, trained if ppo else "white")}
+    figure, axis = plt.subplots(figsize=(10, 3.1))
+    for name, (x, y, colour) in boxes.items():
+        axis.text(x, y, name, ha="center", va="center", fontsize=9,
+                  bbox=dict(boxstyle="round,pad=0.5", facecolor=colour, edgecolor="black"))
+    for x, shape in enumerate(["Q prompts", "B completions", "(B,)", "(B, N)" if ppo else "(B, 1)"]):
+        axis.annotate("", (x + 1, 1), (x, 1), arrowprops=dict(arrowstyle="->", shrinkA=38, shrinkB=38))
+        axis.text(x + 0.5, 1.1, shape, fontsize=8, ha="center")
+    for x, name in (2, "scores"), (3, "baseline"), (4, "KL penalty"):
+        axis.annotate("", (x, 1), (x, 0), arrowprops=dict(arrowstyle="->", shrinkA=24, shrinkB=24))
+        axis.text(x + 0.05, 0.52, name, fontsize=8)
+    axis.annotate("", (1, 1.2), (4, 1.2), arrowprops=dict(arrowstyle="->", connectionstyle="arc3,rad=0.2"))
+    axis.text(2.5, 1.9, "7. repeat, with new weights of the policy" + (" and of the critic" if ppo else ""), ha="center",
+              fontsize=8)
+    for x, (colour, name) in enumerate([(trained, "trained"), (frozen, "frozen"), ("white", "no network")]):
+        axis.text(0.45 * x - 0.1, 0, name, ha="center", va="center", fontsize=8,
+                  bbox=dict(boxstyle="round", facecolor=colour, edgecolor="black"))
+    axis.set(xlim=(-0.4, 4.6), ylim=(-0.35, 2.05))
+    axis.axis("off")
+    plt.show()
+
+
 # --- 02: A small GPT --------------------------------------------------------------------------------------------------
 
 def quietly(train, *arguments, **settings):
