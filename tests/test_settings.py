@@ -316,7 +316,7 @@ def test_explained_variance_counts_what_is_charged_in_the_reward(tmp_path, watch
 # --- warnings -----------------------------------------------------------------------------------------------------
 
 TROUBLE = dict(equal_groups=(0.5, 0.95), truncated=(0.1, 0.5), kl=(5.0, 50.0), entropy=(0.5, 0.001), gap=(1e-6, 0.1),
-               clip_high=(0.1, 0.5),
+               clip_high=(0.02, 0.1),
                explained_variance=(0.2, -1.0), critic_share=(0.5, 0.05))       # a healthy value, and a sick one
 
 

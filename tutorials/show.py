@@ -130,8 +130,8 @@ def loop(kind):
         axis.annotate("", (x, 1), (x, 0), arrowprops=dict(arrowstyle="->", shrinkA=24, shrinkB=24))
         axis.text(x + 0.05, 0.52, name, fontsize=8)
     axis.annotate("", (1, 1.2), (4, 1.2), arrowprops=dict(arrowstyle="->", connectionstyle="arc3,rad=0.2"))
-    axis.text(2.5, 1.9, "7. repeat, with new weights of the policy" + (" and of the critic" if ppo else ""), ha="center",
-              fontsize=8)
+    trains = "the policy and the critic" if ppo else "the policy"
+    axis.text(2.5, 1.9, f"7. repeat, with new weights of {trains}", ha="center", fontsize=8)
     for x, (colour, name) in enumerate([(trained, "trained"), (frozen, "frozen"), ("white", "no network")]):
         axis.text(0.45 * x - 0.1, 0, name, ha="center", va="center", fontsize=8,
                   bbox=dict(boxstyle="round", facecolor=colour, edgecolor="black"))
@@ -306,3 +306,55 @@ def simulated_annotator(policy, asked, count, path):
         rows.append(dict(prompt=prompt, chosen=two[not first], rejected=two[first]))
     make_folder(path.parent)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- 08: Variants and diagnosis ---------------------------------------------------------------------------------------
+
+def recipes(variants, fields, names):
+    """What recipes change in the defaults of these fields; a dot is the default."""
+    defaults = {name: getattr(variants.VariantConfig(), name) for name in fields}
+    rows = [["default", *(str(value) for value in defaults.values())]]
+    for recipe in names:
+        changes = {**defaults, **variants.RECIPES[recipe]}
+        rows.append([recipe, *("\u00b7" if changes[name] == defaults[name] else str(changes[name]) for name in fields)])
+    table(rows, ["recipe", *fields])
+
+
+def weights(weight, cases):
+    """The weight of a token's gradient over its ratio, advantages 1 and -1: cases {label: (ratio, low, high)}."""
+    ratios = torch.linspace(0.01, 5, 1000)[:, None]  # (1000, 1)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    for axis, advantage in zip(axes, (1.0, -1.0)):
+        for (label, case), style in zip(cases.items(), ("-", "--", "-")):
+            axis.plot(ratios, weight(case[0], ratios, advantage, *case[1:]), style, label=label)
+        axis.set(xlabel="ratio of the token", ylabel="weight of its gradient", title=f"advantage {advantage:+.0f}")
+    axes[1].legend(fontsize=8)
+    plt.show()
+
+
+def studies(names):
+    """The accuracy of each seed in committed studies {name: what is varied}; the band is that of the first setting."""
+    figure, axes = plt.subplots(1, len(names), figsize=(11, 2.9))
+    for axis, (name, what) in zip(axes, names.items()):
+        rows = result(name)
+        settings = list(dict.fromkeys(row["setting"] for row in rows))
+        heights = [settings.index(row["setting"]) for row in rows]
+        axis.plot([100 * row["accuracy"] for row in rows], heights, "o", alpha=0.7)
+        first = [100 * row["accuracy"] for row in rows if row["setting"] == settings[0]]
+        axis.axvspan(min(first), max(first), color="C1", alpha=0.2, lw=0)
+        axis.set(yticks=range(len(settings)), yticklabels=settings, title=what, xlabel="accuracy (%)")
+        axis.invert_yaxis()
+    plt.show()
+
+
+def runs(runs, columns):
+    """A panel for each column of metrics, a line for each run; the first run, the healthy one, is black."""
+    figure, axes = plt.subplots(2, (len(columns) + 1) // 2, figsize=(12, 5.4))
+    for axis, column in zip(axes.flat, columns):
+        for number, (name, rows) in enumerate(runs.items()):
+            points = [(row["step"] + 1, row[column]) for row in rows if row[column] != ""]
+            if points:
+                axis.plot(*zip(*points), color=f"C{number}" if number else "black", lw=1 if number else 1.8, label=name)
+        axis.set(title=column, xlabel="step", yscale="symlog" if column in ("kl", "grad_norm") else "linear")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=8)
+    plt.show()

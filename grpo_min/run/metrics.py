@@ -165,11 +165,11 @@ TROUBLE = [     # (column, is it trouble?, what it means)
      "nothing: the task is solved, too hard, or the group too small"),
     ("truncated", lambda v: v > 0.3, "many completions are cut by the length limit: raise "
      "--max-new-tokens, or look at samples.jsonl for rambling"),
-    ("kl", lambda v: v > 30, "the policy is far from the reference: read samples.jsonl, "
+    ("kl", lambda v: v > 20, "the policy is far from the reference: read samples.jsonl, "
      "raise --beta or lower --lr"),
     ("entropy", lambda v: 0 < v < 0.005, "the policy is almost certain of every token and "
      "explores no more"),
-    ("clip_high", lambda v: v > 0.3, "many ratios are clipped: the updates of a batch are "
+    ("clip_high", lambda v: v > 0.03, "many ratios are clipped: the updates of a batch are "
      "too many or too large"),
     ("gap", lambda v: v > 0.01, "sampler and trainer disagree about the log-probabilities: "
      "their settings differ"),
