@@ -7,6 +7,8 @@ import json
 import math
 import os
 import random
+import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from IPython.display import Markdown, display
 
 import grpo_min
 from grpo_min import gold
-from grpo_min.evaluate import wilson
+from grpo_min.evaluate import interval, wilson
 from grpo_min.lab import label
 from grpo_min.run.files import make_folder
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
@@ -29,7 +31,8 @@ plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "lege
                      "figure.constrained_layout.use": True})
 
 FAST = bool(os.environ.get("GRPO_MIN_FAST"))         # the tests set it: the same cells with fewer steps
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tutorials/results"
 PACKAGE = Path(grpo_min.__file__).parent
 
 
@@ -306,6 +309,90 @@ def simulated_annotator(policy, asked, count, path):
         rows.append(dict(prompt=prompt, chosen=two[not first], rejected=two[first]))
     make_folder(path.parent)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- 07: When the reward lies -----------------------------------------------------------------------------------------
+
+def best_of_n(best_of, proxies, gold):
+    """What the best of n gains by each proxy {name: (R, many)}, and what it is worth in gold (R, many)."""
+    sizes = [2 ** k for k in range(gold.shape[1].bit_length())]
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
+    for name, proxy in proxies.items():
+        axes[0].plot(sizes, [best_of(proxy, proxy, n).mean() - proxy.mean() for n in sizes], "o-", label=name)
+        means = np.array([interval(best_of(proxy, gold, n)) for n in sizes])                       # mean, low, high
+        axes[1].plot(sizes, means[:, 0], "o-", label=name)
+        axes[1].fill_between(sizes, means[:, 1], means[:, 2], alpha=0.15, lw=0)
+    axes[1].plot(sizes, [best_of(gold, gold, n).mean() for n in sizes], color="grey", ls=":", label="gold itself")
+    for axis, text in zip(axes, ("proxy: gain over the mean answer", "gold score")):
+        axis.set(xscale="log", xlabel="n: answers to choose from", xticks=sizes, xticklabels=sizes, ylabel=text)
+        axis.minorticks_off()
+    axes[1].legend(title="chosen by the score of", fontsize=8)
+    plt.show()
+
+
+def looks(searched):
+    """Proxy, gold and KL over the steps of runs {beta: looks}; the bands are 95% intervals over prompts."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3))
+    for beta, views in searched.items():
+        steps = [view["step"] for view in views]
+        means = np.array([interval(view["gold"].reshape(-1, 4).mean(1)) for view in views])       # mean, low, high
+        axes[0].plot(steps, [view["proxy"].mean() for view in views], label=f"beta {beta:g}")
+        axes[1].plot(steps, means[:, 0])
+        axes[1].fill_between(steps, means[:, 1], means[:, 2], alpha=0.15, lw=0)
+        axes[2].plot(steps, [view["kl"] for view in views])
+    for axis, text in zip(axes, ("proxy (reward model's score)", "gold score", "KL to the SFT model (nats)")):
+        axis.set(xlabel="step (128 completions each)", ylabel=text)
+    axes[0].legend()
+    plt.show()
+
+
+def fallen(views):
+    """The step at which gold is best on even prompts, and its change from there on odd ones: [mean, low, high]."""
+    by_prompt = np.array([view["gold"].reshape(-1, 4).mean(1) for view in views])  # (looks, R)
+    best = int(by_prompt[:, ::2].mean(1).argmax())
+    return views[best]["step"], interval((by_prompt[-1] - by_prompt[best])[1::2])
+
+
+def liked_and_bad(view, prompts, count=4):
+    """Of the answers in the top quarter by proxy those with the least gold, each text once."""
+    liked = np.flatnonzero(view["proxy"] >= np.quantile(view["proxy"], 0.75))
+    ordered = sorted(liked, key=lambda i: (view["gold"][i], -view["proxy"][i]))
+    once = list({view["texts"][i]: i for i in reversed(ordered)}.values())[::-1][:count]
+    table([dict(question=prompts[i], answer=f"`{' '.join(view['texts'][i].split())}`", proxy=float(view["proxy"][i]),
+                gold=float(view["gold"][i])) for i in once])
+
+
+def sentences(before, after, pairs, count=1):
+    """The sentences of answers that have become more frequent, and in how many of some choices they stand."""
+    shares = []
+    for texts in before, after:
+        said = Counter()
+        for text in texts:
+            said.update({part.strip() for part in re.findall(r"[^.!?]+[.!?]", text)})
+        shares.append({sentence: number / len(texts) for sentence, number in said.items()})
+    grown = sorted(shares[1], key=lambda sentence: shares[0].get(sentence, 0) - shares[1][sentence])[:count]
+    table([{"sentence": sentence, "before": f"{shares[0].get(sentence, 0):.0%}", "after": f"{shares[1][sentence]:.0%}",
+            **{f"in the {side}": sum(sentence in row[side] for row in pairs) for side in ("chosen", "rejected")}}
+           for sentence in grown])
+
+
+def overoptimisation(curves):
+    """Proxy (dashed) and gold (solid) over the distance, for arms with every number of choices; means of the seeds."""
+    arms = list(dict.fromkeys(row["arm"] for row in curves if row["pairs"] == 50))
+    figure, axes = plt.subplots(1, len(arms), figsize=(3.4 * len(arms), 3.5), sharey=True)
+    for axis, arm in zip(axes, arms):
+        for colour, pairs in enumerate((4000, 1000, 200, 50)):
+            views = {}                                               # {how far it was searched: rows, a seed each}
+            for row in curves:
+                if (row["arm"], row["pairs"]) == (arm, pairs):
+                    views.setdefault(row["at"], []).append((row["kl"] ** 0.5, row["proxy"], row["gold"]))
+            d, proxy, gold = np.array([np.mean(rows, axis=0) for rows in views.values()]).T
+            axis.plot(d, proxy, ls="--", lw=1, color=f"C{colour}")
+            axis.plot(d, gold, color=f"C{colour}", label=f"{pairs} choices")
+        axis.set(title=arm, xlabel="d = sqrt(KL)" + (", bound" if "best" in arm else ""), ylim=(-2, 4.5))
+    axes[0].set_ylabel("gain over the SFT model\n(dashed: proxy, solid: gold)")
+    axes[0].legend(fontsize=8)
+    plt.show()
 
 
 # --- 08: Variants and diagnosis ---------------------------------------------------------------------------------------
