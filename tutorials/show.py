@@ -21,6 +21,7 @@ import grpo_min
 from grpo_min import gold
 from grpo_min.evaluate import interval, wilson
 from grpo_min.lab import label
+from grpo_min.lab.report import PHASES
 from grpo_min.run.files import make_folder
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
 from grpo_min.run.rng import generator
@@ -309,6 +310,64 @@ def simulated_annotator(policy, asked, count, path):
         rows.append(dict(prompt=prompt, chosen=two[not first], rejected=two[first]))
     make_folder(path.parent)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# --- 06: GRPO against PPO ---------------------------------------------------------------------------------------------
+
+def by_setting(name, column="accuracy", factor=100):
+    """{setting: that column of each seed} of a committed study."""
+    values = {}
+    for row in result(name):
+        values.setdefault(row["setting"], []).append(factor * row[column])
+    return values
+
+
+def verdict(a, b):
+    """Is A above B, with every seed?"""
+    return "holds" if min(a) > max(b) else "does not hold" if max(a) < min(b) else "not shown"
+
+
+def numbers(name, values):
+    """The name, the mean, and in brackets the lowest and the highest."""
+    return f"{name}: {np.mean(values):.1f}% ({min(values):.1f}% to {max(values):.1f}%)"
+
+
+def learning(curves, algorithms, window=5):
+    """Reward over completions and seconds, and KL over completions: a row for each task, means and range of seeds."""
+    figure, axes = plt.subplots(2, 3, figsize=(11, 5.2))
+    for row, (task, rows) in zip(axes, curves.items()):
+        for name in algorithms:
+            seeds = {}
+            for each in rows:
+                if each["algorithm"] == name:
+                    seeds.setdefault(each["seed"], []).append(each)
+            seconds = np.mean([np.cumsum([sum(each[f"seconds_{phase}"] or 0 for phase in PHASES) for each in run])
+                               for run in seeds.values()], axis=0)
+            completions = [each["completions"] for each in next(iter(seeds.values()))]
+            for axis, column, x in zip(row, ("reward", "reward", "kl"), (completions, seconds, completions)):
+                values = np.array([np.convolve([each[column] for each in run], np.ones(window) / window, "valid")
+                                   for run in seeds.values()])  # (seeds, steps - window + 1)
+                axis.plot(x[window - 1:], values.mean(0), label=name)
+                axis.fill_between(x[window - 1:], values.min(0), values.max(0), alpha=0.2, lw=0)
+                axis.set(xlabel="seconds" if x is seconds else "completions", ylabel=f"{task}: {column}")
+    axes[0, 0].legend(fontsize=8)
+    plt.show()
+
+
+def critics(rows):
+    """Accuracy over what the critic explains at first, a dot for each run; the band is the runs without a critic."""
+    plt.figure(figsize=(8, 3.2))
+    for name in dict.fromkeys(row["setting"] for row in rows):
+        own = [row for row in rows if row["setting"] == name]
+        accuracies = [100 * row["accuracy"] for row in own]
+        if own[0]["ev_first"] == "":
+            plt.axhspan(min(accuracies), max(accuracies), color="grey", alpha=0.3, lw=0, label=name)
+        else:
+            plt.plot([max(row["ev_first"], -1) for row in own], accuracies, "o", label=name)
+    plt.xlabel("explained variance, first ten steps (-1: or less)")
+    plt.ylabel("accuracy (%)")
+    plt.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    plt.show()
 
 
 # --- 07: When the reward lies -----------------------------------------------------------------------------------------
