@@ -312,6 +312,46 @@ def simulated_annotator(policy, asked, count, path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
+# --- 04: GRPO ---------------------------------------------------------------------------------------------------------
+
+def clip(eps, ratios, mask, advantages):
+    """The clipped surrogate over the ratio, and where the tokens lie after some updates: ratios {updates: (B, N)}."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3))
+    r = torch.linspace(0, max(1.5, *(float(ratio[mask].max()) for ratio in ratios.values())), 300)
+    for axis, sign, title in (axes[0], 1, "A > 0"), (axes[1], -1, "A < 0"):
+        axis.plot(r, r * sign, ":", color="gray", label="r A, without the clip")
+        axis.plot(r, torch.min(r * sign, r.clamp(1 - eps, 1 + eps) * sign), color="black", label="min(r A, clip(r) A)")
+        for (n, ratio), marker in zip(ratios.items(), "os^"):
+            points = ratio[mask & (advantages * sign > 0)]
+            axis.plot(points, torch.min(points * sign, points.clamp(1 - eps, 1 + eps) * sign), marker, alpha=0.6,
+                      label=f"tokens after {n} update(s)")
+        axis.axvspan(1 - eps, 1 + eps, color="gray", alpha=0.12)
+        axis.set(xlabel="ratio r", ylabel="surrogate, per |A|", title=title)
+    axes[0].legend(fontsize=7)
+    plt.show()
+
+
+def curves(rows, columns):
+    """A panel for each column of a run's metrics."""
+    figure, axes = plt.subplots(1, len(columns), figsize=(2.3 * len(columns), 2.3))
+    for axis, column in zip(axes, columns):
+        axis.plot([row["step"] + 1 for row in rows], [row[column] for row in rows])
+        axis.set(title=column, xlabel="step")
+    plt.show()
+
+
+def push(values, tokenizer, count=16):
+    """The mean push on the logits of the first token (V,), the largest of them."""
+    top = values.abs().topk(count).indices
+    names = [tokenizer.decode([token]).replace(" ", "\u00b7") for token in top.tolist()]
+    plt.figure(figsize=(8, 2.6))
+    plt.bar(names, values[top], color=["C0" if value > 0 else "C3" for value in values[top]])
+    plt.xticks(rotation=60)
+    plt.ylabel("mean push on the logit")
+    plt.xlabel("first token (the dot is a space)")
+    plt.show()
+
+
 # --- 06: GRPO against PPO ---------------------------------------------------------------------------------------------
 
 def by_setting(name, column="accuracy", factor=100):
