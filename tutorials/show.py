@@ -1,6 +1,7 @@
 """What the notebooks show things with: coloured tokens, tables, lines of the package, committed results."""
 import contextlib
 import csv
+import difflib
 import inspect
 import io
 import json
@@ -350,6 +351,52 @@ def push(values, tokenizer, count=16):
     plt.ylabel("mean push on the logit")
     plt.xlabel("first token (the dot is a space)")
     plt.show()
+
+
+# --- 05: PPO ----------------------------------------------------------------------------------------------------------
+
+def values(completions):
+    """Values before each token: {kind: (tokens, the critic's values, measured values, reward)}."""
+    widths = [max(len(tokens), 7) for tokens, *_ in completions.values()]
+    figure, axes = plt.subplots(1, len(completions), figsize=(13, 3.3), width_ratios=widths)
+    for axis, (kind, (tokens, critic, measured, reward)) in zip(axes, completions.items()):
+        T = len(tokens)
+        axis.plot(range(T), critic[:T], "o-", label="the critic")
+        axis.plot(range(T), measured[:T], "s--", label="measured")
+        axis.plot(T, reward, "*", color="black", ms=10, label="the reward")
+        axis.set(ylim=(-0.35, 1.25), title=kind)
+        axis.set_xticks(range(T + 1), [*tokens, "(over)"], rotation=75, fontsize=8)
+    axes[0].set(ylabel="value of the state before the token", xlabel="the token that is written next")
+    axes[0].legend(fontsize=8, loc="lower center")
+    plt.show()
+
+
+def compared(runs, columns):
+    """A panel for each column of metrics, a line for each run."""
+    figure, axes = plt.subplots(1, len(columns), figsize=(3 * len(columns), 3))
+    for axis, column in zip(axes, columns):
+        for name, rows in runs.items():
+            axis.plot([row["step"] + 1 for row in rows], [row[column] for row in rows], label=name)
+        axis.set(title=column, xlabel="step")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(runs), fontsize=8)
+    plt.show()
+
+
+def pieces(first, second, explained):
+    """The pieces of the diff of two modules: {a word of it: what it says}; "": shown in full. AssertionError if a piece
+    has no word in it, or a word no piece."""
+    lines, used = [inspect.getsource(module).splitlines() for module in (first, second)], set()
+    for piece in "\n".join(list(difflib.unified_diff(*lines, n=1, lineterm=""))[2:]).split("@@ -")[1:]:
+        where, text = piece.split("\n", 1)
+        changed = "\n".join(line for line in text.splitlines() if line[:1] in "+-")
+        words = [word for word in explained if word in changed]
+        assert words, f"nobody has explained this difference:\n{text}"
+        used |= set(words)
+        number = where.split("+")[1].split(",")[0]
+        if "" in map(explained.get, words):
+            display(Markdown(f"`ppo.py`, line {number}\n```diff\n{text.rstrip()}\n```"))
+    assert used == set(explained), f"these differences are no more: {set(explained) - used}"
+    display(Markdown("The other pieces: " + "; ".join(filter(None, explained.values())) + "."))
 
 
 # --- 06: GRPO against PPO ---------------------------------------------------------------------------------------------
