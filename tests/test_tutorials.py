@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from tests.answer_keys import KEYS
 from tutorials import build
 
 ROOT = Path(__file__).parent.parent
@@ -40,6 +41,70 @@ def test_a_committed_notebook_is_one_whole_run(path):
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     assert not [output for cell in cells for output in cell.outputs if output.output_type == "error"]
 
+
+# --- length -------------------------------------------------------------------------------------------------------
+
+OF_OUR_MODEL = [path for path in NOTEBOOKS if path.name < "09"]
+FOLDED = re.compile("<details>.*?</details>", re.DOTALL)
+QUOTED = re.compile(r"`\S+`, line \d+\n```(python|diff)")         # what show.code and show.pieces display
+
+
+def texts_of(notebook):
+    """What a reader sees of a notebook: prose without what is folded, code, and text that is printed or displayed, but
+    for source that is quoted from the package."""
+    for cell in notebook.cells:
+        yield FOLDED.sub("", cell.source) if cell.cell_type == "markdown" else cell.source
+        for output in cell.get("outputs", []):
+            data = output.get("data", {})
+            text = output.get("text") or data.get("text/markdown") or data.get("text/plain", "")
+            if "image/png" not in data and not QUOTED.match(text):
+                yield text
+
+
+def words_of(path):
+    return sum(len(text.split()) for text in texts_of(nbformat.read(path, as_version=4)))
+
+
+def test_the_notebooks_of_our_model_have_36000_words_at_most():
+    words = {path.name: words_of(path) for path in OF_OUR_MODEL}
+    print("\n" + "\n".join(f"{number:6} {name}" for name, number in words.items()))
+    assert sum(words.values()) <= 36_000
+
+
+@pytest.mark.parametrize("path", OF_OUR_MODEL, ids=lambda path: path.stem)
+def test_reading_times_are_those_of_120_words_a_minute_and_agree(path):
+    minutes = 5 * round(words_of(path) / 120 / 5)
+    row, = [line for line in (ROOT / "tutorials/README.md").read_text("utf-8").splitlines() if f"({path.name})" in line]
+    said = re.search(r"(\d+) minutes to read", " ".join(nbformat.read(path, as_version=4).cells[1].source.split()))
+    assert row.endswith(f"| {said[1]} min |") and abs(int(said[1]) - minutes) <= 5
+
+
+# --- questions ----------------------------------------------------------------------------------------------------
+
+def questions(path):
+    """[(question, answer)] of a notebook; the answers are folded."""
+    cells = [cell.source for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "markdown"]
+    pattern = r"^\*\*Question\.\*\*(.*?)<details><summary>Answer</summary>\s*\*\*Answer: (.*?)\.\*\*.*?</details>"
+    return re.findall(pattern, "\n\n".join(cells), re.DOTALL | re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", OF_OUR_MODEL, ids=lambda path: path.stem)
+def test_four_questions_have_folded_answers(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(questions(path)) == text.count("**Question.**") == 4 and text.count("**Predict, then run.**") == 3
+
+
+@pytest.mark.parametrize("name, piece, answer, work_out", [(name, *key) for name, keys in KEYS.items() for key in keys])
+def test_an_answer_that_is_a_number_is_what_the_code_says(name, piece, answer, work_out):
+    path, = build.notebooks([name])
+    said, = [given for question, given in questions(path) if piece in " ".join(question.split())]
+    assert said == answer
+    numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", answer.replace("\u2212", "-"))]
+    digits = max(len(number.partition(".")[2]) for number in re.findall(r"\d+(?:\.\d+)?", answer))
+    assert numbers == pytest.approx([float(value) for value in work_out()], abs=0.5001 * 10 ** -digits)
+
+
+# --- links and more -----------------------------------------------------------------------------------------------
 
 PAGES = [*NOTEBOOKS, *sorted((ROOT / "tutorials").glob("**/*.md"))]
 

@@ -25,6 +25,7 @@ from grpo_min.lab import label
 from grpo_min.lab.report import PHASES
 from grpo_min.run.files import make_folder
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
+from tutorials.tree import ACTIONS, COMPLETIONS, STATES
 from grpo_min.run.rng import generator
 
 if get_ipython():
@@ -142,6 +143,72 @@ def loop(kind):
                   bbox=dict(boxstyle="round", facecolor=colour, edgecolor="black"))
     axis.set(xlim=(-0.4, 4.6), ylim=(-0.35, 2.05))
     axis.axis("off")
+    plt.show()
+
+
+# --- 01: The words ----------------------------------------------------------------------------------------------------
+
+def tree(edges, boxes, ends, title, limit=None, widths=None):
+    """The tree of tree.py. edges, widths (states, actions); boxes, ends: texts of states and completions; limit: the
+    number that colours an edge fully, if they are to be coloured."""
+    heights = {c: float(row) for row, c in enumerate(COMPLETIONS)}           # completions below each other,
+    for s in reversed(STATES):                                               # a state in the middle of what follows it
+        heights[s] = sum(heights[s + (a,)] for a in ACTIONS) / len(ACTIONS)
+    figure, axis = plt.subplots(figsize=(7.8, 4.7))
+    for i, s in enumerate(STATES):
+        for j, a in enumerate(ACTIONS):
+            y, number = (heights[s], heights[s + (a,)]), float(edges[i, j])
+            colour = plt.cm.RdBu(0.5 + 0.4 * number / limit) if limit else "lightsteelblue"
+            axis.plot([len(s), len(s) + 1], y, color=colour, lw=8 * float(widths[i, j]), zorder=1)
+            label = f"{a} {number:{'+' if limit else ''}.2f}"
+            axis.text(len(s) + 0.62, y[0] + 0.62 * (y[1] - y[0]), label, ha="center", va="center", fontsize=7.5,
+                      bbox=dict(facecolor="white", edgecolor="none", alpha=0.75, pad=0.6))
+        axis.text(len(s), heights[s], boxes[i], ha="center", va="center", fontsize=8,
+                  bbox=dict(boxstyle="round", facecolor="white", edgecolor="grey"))
+    for c, text in zip(COMPLETIONS, ends):
+        axis.text(len(c) + 0.04, heights[c], text, va="center", fontsize=8)
+    axis.set(xlim=(-0.2, 3.75), ylim=(14.6, -0.6), yticks=[], xlabel="tokens written", xticks=range(4))
+    axis.spines["left"].set_visible(False)
+    axis.set_title(title, fontsize=10, loc="left")
+    plt.show()
+
+
+def bars(series, labels, xlabel, ylabel):
+    """Bars beside each other: {label: a number for each of the labels}."""
+    figure, axis = plt.subplots(figsize=(8.5, 3.2))
+    places, width = np.arange(len(labels)), 0.8 / len(series)
+    for n, (name, numbers) in enumerate(series.items()):
+        axis.bar(places + (n - (len(series) - 1) / 2) * width, numbers, width, label=name)
+    axis.set_xticks(places, labels, rotation=50, ha="right", fontsize=8)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    if len(series) > 1:
+        axis.legend()
+    plt.show()
+
+
+def parabola(constants, variances, marked, values):
+    """The variance over a constant baseline; marked {baseline: name}; values: the variance with V(s) instead."""
+    figure, axis = plt.subplots(figsize=(7.6, 3.2))
+    axis.plot(constants, variances, label="a constant b")
+    for b, name in marked.items():
+        axis.plot(b, variances[int((constants - b).abs().argmin())], "o", label=f"b = {b:.2f}: {name}")
+    axis.axhline(values, color="black", ls="--", lw=1, label="V(s): one for each state")
+    axis.set(xlabel="baseline b (reward)", ylabel="variance of the estimate", ylim=(0, None))
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    plt.show()
+
+
+def estimators(moves, exact, found):
+    """Mean and standard deviation of k1, k2 and k3, {kind: [(mean, deviation), ..]}, as the policy moves away."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
+    left.plot(moves, exact, color="black", lw=5, alpha=0.25, label="exact KL")
+    for kind, pairs in found.items():
+        means, deviations = zip(*pairs)
+        left.plot(moves, means, label=kind, ls="--" if kind == "k3" else "-")
+        right.plot(moves, deviations, label=kind)
+    for axis, name in (left, "mean"), (right, "standard deviation"):
+        axis.set(xlabel="change of one logit", ylabel=f"{name} of the estimate (nats)")
+        axis.legend()
     plt.show()
 
 
