@@ -211,8 +211,8 @@ def the_oracle_on_animals():
     return f"{oracle:.2f}", f"{critic:.2f}", percent(np.mean(way["PPO oracle"]))
 
 
-@under("comparison-learned", "DPO learns from the same choices as the reward model, and samples nothing. It covers {} of "
-       "the way, less than GRPO with every seed.")
+@under("comparison-learned", "DPO learns from the same choices as the reward model, and samples nothing. It covers {} "
+       "of the way, less than GRPO with every seed.")
 def dpo_on_animals():
     way = compared("learned", "animals_test", "progress")
     assert max(way["DPO"]) < min(way["GRPO"])
@@ -241,26 +241,54 @@ def first_time():
                 animals=means(compared("learned", "animals_test", "progress")))
 
 
-def second_time():
-    rows = table("again")
-    arithmetic = {name: float(row[0].rstrip("%")) / 100 for name, *row in rows[2:5]}
-    animals = {name: float(row[1].rstrip("%")) / 100 for name, *row in rows[8:10]}
-    return dict(arithmetic=arithmetic, animals=animals)
+EVERY, REWARD, RL = "every stage", "the reward model", "RL"        # what has other seeds
+RIGHT, WAY = "right, {}", "way to the maximum, {}"
 
 
-@under("again", "On arithmetic GRPO has {}, where it was {} above; on the animals it covers {} of the way, where it "
-       "was {}.")
-def grpo_again():
-    shares = second_time(), first_time()
-    return [percent(share[task]["GRPO"]) for task in ("arithmetic", "animals") for share in shares]
+def lucky(figure, varied=EVERY):
+    """The figure of each pipeline."""
+    return [row[figure] for row in result("luck") if row["varied"] == varied]
 
 
-@under("again", "So the luck of the first three stages is larger than the difference between the two algorithms.")
-def luck_of_the_first_stages():
-    first, second = first_time(), second_time()
-    for task in first:
-        assert abs(first[task]["GRPO"] - second[task]["GRPO"]) > abs(first[task]["GRPO"] - first[task]["PPO"])
-    return ()
+def median_of(values):
+    """The median, and in brackets the lowest and the highest."""
+    return f"{percent(np.median(values))} ({percent(min(values))} to {percent(max(values))})"
+
+
+def width(values):
+    return 100 * (max(values) - min(values))
+
+
+@under("luck", "On arithmetic the five pipelines are within {} points of each other. On the animals they are not: GRPO "
+       "covers {} to {} of the way, and within a pipeline it is at most {} points from PPO.")
+def pipelines_differ():
+    accuracies = lucky(RIGHT.format("GRPO")) + lucky(RIGHT.format("PPO"))
+    one, other = lucky(WAY.format("GRPO")), lucky(WAY.format("PPO"))
+    apart = max(abs(a - b) for a, b in zip(one, other))
+    assert len(one) == 5 and width(accuracies) < 1.5 and 100 * apart < width(one)
+    return f"{width(accuracies):.1f}", percent(min(one)), percent(max(one)), f"{100 * apart:.1f}"
+
+
+@under("luck", "With another seed for the reward model alone the way varies by {} points, with another one for RL "
+       "alone by {}, with all of them by {}.")
+def whose_luck():
+    return [f"{width(lucky(WAY.format('GRPO'), varied)):.1f}" for varied in (REWARD, RL, EVERY)]
+
+
+@under("luck", "How often a reward model agrees with held-out choices does not foretell it: the one with which GRPO "
+       "covers least, {}, agrees with {}, and the best of the others, {}, with {}.")
+def agreement_does_not_foretell():
+    agrees, way = lucky("reward model agrees", REWARD), lucky(WAY.format("GRPO"), REWARD)
+    worst, best = int(np.argmin(way)), int(np.argmax(way))
+    assert agrees[worst] > np.median(agrees)
+    return percent(way[worst]), percent(agrees[worst]), percent(way[best]), percent(agrees[best])
+
+
+@under("luck", "The committed weights are a good draw: with them GRPO covers {}, more than any of the five.")
+def a_good_draw():
+    way = np.mean(compared("learned", "animals_test", "progress")["GRPO"])
+    assert way > max(lucky(WAY.format("GRPO")))
+    return [percent(way)]
 
 
 def tuned(column):
@@ -1426,23 +1454,20 @@ def test_the_two_commands_of_the_readme():
     assert "pip install -r requirements.txt && python -m pytest" in lines
 
 
-def test_the_three_rows_of_the_readme():
-    accuracy, way = compared("correct", "arithmetic_test", "accuracy"), compared("learned", "animals_test", "progress")
+def test_the_rows_of_the_readme_are_medians_over_pipelines():
     seconds, state = compared("correct", "seconds"), compared("correct", "state_bytes")
-    names = [name for name in ALGORITHMS if name in accuracy and name in way]
-    assert {len(accuracy[name]) for name in names} == {5}, "means of five seeds"
-    assert names == [name for name in ALGORITHMS if name != "DPO"]
-    for name in names:
-        cells = [name, percent(np.mean(accuracy[name])), percent(np.mean(way[name])), f"{np.mean(seconds[name]):.2f}",
-                 f"{state[name][0] / 1e6:.1f} MB"]
+    for name in "GRPO", "PPO":
+        cells = [name, median_of(lucky(RIGHT.format(name))), median_of(lucky(WAY.format(name))),
+                 f"{np.mean(seconds[name]):.2f}", f"{state[name][0] / 1e6:.1f} MB"]
         assert f"| {' | '.join(cells)} |" in read(ROOT / "README.md")
 
 
 def test_what_the_readme_says_of_time():
-    text, again = read(ROOT / "README.md"), table("again")
+    text = read(ROOT / "README.md")
     alone, _, busy, _ = (seconds for _, seconds, _ in table("threads")[2:])
     assert f"| [{alone} s; {busy} s beside a busy process](" in text
-    assert f"from {again[2][1]} right to [{again[3][1]}](" in text and (again[2][0], again[3][0]) == ("SFT", "GRPO")
+    before, after = (percent(np.median(lucky(RIGHT.format(name)))) for name in ("SFT", "GRPO"))
+    assert f"from {before} right to [{after}](" in text
     assert f"| [{tuned('seconds')['arithmetic', 'GRPO', 'defaults']:.0f} s](" in text
 
 

@@ -25,8 +25,8 @@ from grpo_min.lab import label
 from grpo_min.lab.report import PHASES
 from grpo_min.run.files import make_folder
 from grpo_min.run.plots import plt      # which chooses a backend for files; a notebook wants its own
-from tutorials.tree import ACTIONS, COMPLETIONS, STATES
 from grpo_min.run.rng import generator
+from tutorials.tree import ACTIONS, COMPLETIONS, STATES
 
 if get_ipython():
     get_ipython().run_line_magic("matplotlib", "inline")
@@ -111,11 +111,6 @@ def result(name):
             return text
     with open(RESULTS / f"{name}.csv", newline="", encoding="utf-8") as file:
         return [{key: number(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def published(name):
-    """A committed tutorials/results/NAME.md, as it is."""
-    display(Markdown((RESULTS / f"{name}.md").read_text(encoding="utf-8")))
 
 
 def loop(kind):
