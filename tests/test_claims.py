@@ -1259,7 +1259,11 @@ def less_memory():
 
 
 def as_good():
-    return all(abs(share["GRPO"] - share["PPO"]) < 0.01 for share in first_time().values())
+    apart = [lucky(WAY.format(name)) for name in ("GRPO", "PPO")]
+    by = [a - b for a, b in zip(*apart)]
+    return (all(abs(share["GRPO"] - share["PPO"]) < 0.01 for share in first_time().values())
+            and max(abs(a - b) for a, b in zip(*(lucky(RIGHT.format(name)) for name in ("GRPO", "PPO")))) < 0.01
+            and min(by) < 0 < max(by) and max(map(abs, by)) < 0.035)
 
 
 def no_good_critic_needed():
