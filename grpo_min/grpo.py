@@ -50,7 +50,7 @@ class GRPOConfig:
     epochs: int = option(1, "passes over each batch (DeepSeekMath's mu)")
     minibatches: int = option(1, "updates per pass: the batch is split by prompts")
     microbatches: int = option(1, "parts that an update is computed in: the same gradient, "
-                               "in less memory (SmolLM2, 1 to 8 parts: 7.5 to 3.6 GB)")
+                               "in less memory (SmolLM2, 1 to 8 parts: 7.1 to 3.5 GB)")
     lora: int = option(0, "train adapters of this rank, not the weights (real/lora.py)")
     lr: float = option(3e-4, "learning rate of the policy (AdamW)")
     max_grad_norm: float = option(1.0, "the gradient is scaled down to this norm")

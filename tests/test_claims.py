@@ -1197,6 +1197,15 @@ def trl_with_memory_kept():
     return f"{ratio:.1f}", length
 
 
+@under("benchmark_real", "In the first step the update in two parts has the largest need, {} MB where sampling has {}; "
+       "with PPO it is the critic's, {}, when the policy's gradients and moments are there already.")
+def memory_by_phase():
+    _, memory = real_benchmark()
+    ours, theirs = memory["GRPO",]["phases"], memory["PPO",]["phases"]
+    assert max(ours, key=ours.get) == "update" and max(theirs, key=theirs.get) == "critic"
+    return f"{ours['update']:.0f}", f"{ours['sample']:.0f}", f"{theirs['critic']:.0f}"
+
+
 @under("benchmark_real", "An update in eight parts in place of one needs {} MB at the peak in place of {}.")
 def memory_of_microbatches():
     _, memory = real_benchmark()
