@@ -1,23 +1,29 @@
-"""How much of a result is luck? The main job from nothing, five times, with other seeds in every stage; and what is
-left of the spread if only the reward model has another seed, or only the RL.
+"""How much of a result is luck? The main job from nothing, five times, with other seeds in every stage; what is left of
+the spread if only the reward model has another seed, or only the RL; and the remedy, the mean score of three reward
+models (Coste et al., 2310.02743).
 
 Writes luck.csv (a row per run), luck.md and luck.png.
 """
+import functools
 import json
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from grpo_min import __main__ as main_job, reward_model
+from grpo_min import __main__ as main_job, grpo, reward_model
 from grpo_min.gold import MAXIMUM
 from grpo_min.lab import compare
 from grpo_min.lab.processes import train_or_reuse
 from grpo_min.lab.studies.common import column_by, plot_seeds, run_jobs, seeds_of, table, write_study
+from grpo_min.model import ScalarGPT
+from grpo_min.rewards import learned
+from grpo_min.run.checkpoint import load_model
+from grpo_min.run.config import pick_device
 from grpo_min.run.files import DATA
 from grpo_min.run.plots import finish, plt
 
-EVERY, REWARD, RL = "every stage", "the reward model", "RL"
+EVERY, REWARD, RL, MEAN = "every stage", "the reward model", "RL", "the mean of three reward models"
 FIGURES = {      # of a main job: (the reward it is compared under, the algorithm, its figure)
     "right, SFT": ("correct", "SFT", "arithmetic_test", "accuracy"),
     "right, GRPO": ("correct", "GRPO", "arithmetic_test", "accuracy"),
@@ -36,9 +42,13 @@ def study(config):
         reached = run_jobs(config, train, [(first, seed) for seed in others])
         for seed, figures in zip(jobs, [jobs[first], *reached]):
             rows.append(dict(varied=varied, seed=seed, **{**dict.fromkeys(jobs[first], ""), **figures}))
+    trios = dict.fromkeys(tuple(sorted((list(jobs) * 3)[i:i + 3])) for i in range(len(jobs)))       # overlapping
+    for trio, figures in zip(trios, run_jobs(config, mean_of_three, [(first, trio) for trio in trios])):
+        rows.append({**dict.fromkeys(jobs[first], ""), "varied": MEAN, "seed": " ".join(map(str, trio)), **figures})
     lines = table(["", "median", "lowest", "highest"], spread_of(rows))
     lines += ["", f"Seeds {first} to {max(jobs)}; test prompts. Every stage: pretraining, SFT, reward model, critics, "
-              f"RL. Reward model, or RL, alone: the other stages have seed {first}; GRPO. {date.today()}."]
+              f"RL. Reward model, or RL, alone: the other stages have seed {first}; GRPO. The mean of three: each of "
+              f"these reward models with the two next. {date.today()}."]
     write_study(config, "luck", lines, rows)
     plot_luck(rows, Path(config.out) / "luck.png")
 
@@ -46,7 +56,7 @@ def study(config):
 def spread_of(rows):
     """Rows of runs -> cells: what was varied and its figure, the median, the lowest and the highest."""
     cells = []
-    for varied, names in (EVERY, [*FIGURES, AGREES]), (REWARD, [AGREES, WAY]), (RL, [WAY]):
+    for varied, names in (EVERY, [*FIGURES, AGREES]), (REWARD, [AGREES, WAY]), (RL, [WAY]), (MEAN, [WAY]):
         for name in names:
             values = [row[name] for row in rows if row["varied"] == varied]
             cells.append([f"{varied}: {name}", *(f"{each:.1%}" for each in (np.median(values), min(values),
@@ -83,26 +93,49 @@ def comparison(config, first, **changes):
     return compare.CompareConfig(**{**settings, **quick, **changes})
 
 
-def way(config, settings, seed):
-    """GRPO on the animals with this seed -> its share of the way to the maximum."""
-    gold = compare.one_run(settings, "GRPO", "learned", seed, None)["figures"]["animals_test"]["gold"][0]
+def way(settings, figures):
+    """What a policy has reached -> its share of the way to the maximum."""
+    gold = figures["animals_test"]["gold"][0]
     start = compare.sft_record(settings, "learned")["figures"]["animals_test"]["gold"][0]
     return {WAY: (gold - start) / (MAXIMUM - start)}
 
 
 def other_rl(config, first, seed):
-    return way(config, comparison(config, first), seed)
+    settings = comparison(config, first)
+    return way(settings, compare.one_run(settings, "GRPO", "learned", seed, None)["figures"])
+
+
+def mean_of_three(config, first, seeds):
+    """GRPO on the mean score of the reward models with these seeds."""
+    settings, device = comparison(config, first), pick_device(config.device)
+    paths = [reward_model_of(config, first, seed) / "checkpoint.pt" for seed in seeds]
+    models = [learned(load_model(path, device, ScalarGPT)) for path in paths]
+
+    def reward(prompts, completions, finished=None, **columns):
+        return np.mean([model(prompts, completions, finished) for model in models], axis=0).tolist()
+    _, run = compare.settings_of_run(settings, "GRPO", "learned", first, None)
+    run.run += "-mean-" + "-".join(map(str, seeds))
+    policy, _ = train_or_reuse(functools.partial(grpo.train, reward=reward), run)
+    figures = compare.evaluate_or_reuse(Path(run.run) / "evaluation.json", settings, policy,
+                                        load_model(settings.sft, device), "learned")
+    return way(settings, figures)
+
+
+def reward_model_of(config, first, seed):
+    """The folder of the reward model with this seed, on the SFT model of the first main job."""
+    return folder_of(config, first) / ("reward_model" if seed == first else f"luck-reward_model-{seed}")
 
 
 def other_reward_model(config, first, seed):
     """Another reward model on the SFT model of the first main job, and GRPO on it -> how it agrees, GRPO's way."""
-    folder = folder_of(config, first) / f"luck-reward_model-{seed}"
+    folder = reward_model_of(config, first, seed)
     quick = main_job.QUICK["reward_model"] if config.quick else {}
     settings = comparison(config, first, run=str(folder / "compare"), reward_model=str(folder / "checkpoint.pt"))
     model, _ = train_or_reuse(reward_model.train, reward_model.RewardModelConfig(
         run=str(folder), sft=settings.sft, seed=seed, device=config.device, **quick))
     reward_model.report(model, str(DATA / "preferences_heldout.jsonl"), folder)
-    return dict(read_agreement(folder), **way(config, settings, first))
+    figures = compare.one_run(settings, "GRPO", "learned", first, None)["figures"]
+    return dict(read_agreement(folder), **way(settings, figures))
 
 
 def plot_luck(rows, path):
@@ -114,7 +147,7 @@ def plot_luck(rows, path):
             right[name] = [row[name] for row in rows if row["varied"] == EVERY]
     plot_seeds(axes[0], right, dict.fromkeys(right, "C0"))
     axes[0].set(xlabel="accuracy on arithmetic, seeds of every stage")
-    plot_seeds(axes[1], column_by(rows, "varied", WAY), {EVERY: "C0", REWARD: "C1", RL: "C2"})
+    plot_seeds(axes[1], column_by(rows, "varied", WAY), {EVERY: "C0", REWARD: "C1", RL: "C2", MEAN: "C3"})
     axes[1].set(xlabel=WAY + ", by what is varied")
     for varied, colour in (EVERY, "C0"), (REWARD, "C1"):
         points = [(row[AGREES], row[WAY]) for row in rows if row["varied"] == varied]
