@@ -320,6 +320,13 @@ def test_recipes_are_these_options_of_trl(name, options, llama):
     assert difference(llama.ours(**variants.RECIPES[name]), llama.theirs(**options)) < ROUNDING
 
 
+def test_trls_defaults(llama):
+    """As notebook 04 says: scaled by the group, the mean over all tokens, no KL; if there is one, k3 times the ratio."""
+    ours = dict(scale_advantages=True, aggregation="token")
+    assert difference(llama.ours(**ours, beta=0.0), llama.theirs()) < ROUNDING
+    assert difference(llama.ours(**ours, beta=BETA, kl="unbiased"), llama.theirs(beta=BETA)) < ROUNDING
+
+
 def test_scalerl_is_that_of_trl_but_for_the_mean_over_prompts(llama):
     theirs = llama.theirs(loss_type="cispo", epsilon_high=5.0, scale_rewards="batch")
     assert difference(llama.ours(**variants.RECIPES["scalerl"] | dict(aggregation="token")), theirs) < ROUNDING
