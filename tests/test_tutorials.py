@@ -79,7 +79,7 @@ def test_reading_times_are_those_of_120_words_a_minute_and_agree(path):
     assert row.endswith(f"| {said[1]} min |") and abs(int(said[1]) - minutes) <= 5
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", OF_OUR_MODEL, ids=lambda path: path.stem)
 def test_lines_of_a_notebook_are_at_most_120_characters_long(path):
     """But for tables and addresses."""
     lines = [line for cell in nbformat.read(path, as_version=4).cells for line in cell.source.splitlines()]
