@@ -39,11 +39,11 @@ class CriticConfig:
     resume: bool = option(False, "go on from the checkpoint in --run")
     sft: str = option(str(DATA / "checkpoints/sft.pt"), "checkpoint of the SFT model: it "
                       "is sampled, and the critic starts from it")
-    task: str = option("", "Python file with prompts and reward of your own, see task.py; "
-                       "its code is executed")
+    task: str = option("", "Python file (executed) with prompts and reward: see task.py")
     reward: str = option("correct", "as for ppo", ["correct", "well_formed", "both",
                                                    "learned"])
-    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "its checkpoint")
+    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "its checkpoint, "
+                               "or several with commas between them: their mean score")
     prompts: str = option("", "as for ppo: JSONL with fields prompt and, for rules, answer")
     batches: int = option(200, "batches of completions to sample")
     prompts_per_step: int = option(64, "prompts per batch and update, a completion each")

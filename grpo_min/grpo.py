@@ -37,11 +37,11 @@ class GRPOConfig:
     resume: bool = option(False, "go on from the checkpoint in --run")
     sft: str = option(str(DATA / "checkpoints/sft.pt"),
                       "checkpoint of the SFT model: policy and reference start there")
-    task: str = option("", "Python file with prompts and reward of your own, see task.py; "
-                       "its code is executed")
+    task: str = option("", "Python file (executed) with prompts and reward: see task.py")
     reward: str = option("correct", "right answers, well-formed thinking, both (1 and 0.2) "
                          "or a reward model", ["correct", "well_formed", "both", "learned"])
-    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "its checkpoint")
+    reward_model: str = option(str(DATA / "checkpoints/reward_model.pt"), "its checkpoint, "
+                               "or several with commas between them: their mean score")
     prompts: str = option("", "JSONL with fields prompt and, for rules, answer; default: "
                           "data/animals_train.jsonl if learned, else arithmetic_train")
     steps: int = option(80, "batches: sample, score, update")

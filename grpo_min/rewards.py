@@ -95,11 +95,13 @@ def load_reward(config, reward, policy, device):
         reward, unit = reward or own_reward, "prompt"
         rows = prompts("train", at_least=at_least)
     elif reward is None and config.reward == "learned":
-        model = load_model(config.reward_model, device, ScalarGPT)
-        require(model.tokenizer.to_dict() == policy.tokenizer.to_dict(),
-                f"{config.reward_model} has another tokenizer than the policy")
-        reward = learned(model)
-        files.append(config.reward_model)
+        checkpoints = config.reward_model.split(",")
+        models = [load_model(each, device, ScalarGPT) for each in checkpoints]
+        for each, model in zip(checkpoints, models):
+            require(model.tokenizer.to_dict() == policy.tokenizer.to_dict(),
+                    f"{each} has another tokenizer than the policy")
+        reward = weighted_sum(*((learned(model), 1 / len(models)) for model in models))
+        files += checkpoints
     elif reward is None:
         reward, fields = RULES[config.reward], ["prompt", "answer"]
     if not config.task:

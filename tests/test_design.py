@@ -32,7 +32,7 @@ def room(name):
 
 # --- sizes --------------------------------------------------------------------------------------------------------
 
-LIMITS = {"core": 2879, "run": 1404, "lab": 4881, "real": 800}      # lines; all files are counted
+LIMITS = {"core": 2881, "run": 1404, "lab": 4881, "real": 800}      # lines; all files are counted
 WIDTHS = {"core": 92, "run": 92, "lab": 120, "real": 92}
 
 

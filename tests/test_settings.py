@@ -369,6 +369,17 @@ def test_learned_reward_reads_the_training_prompts_and_its_model(tmp_path):
     assert learned(model)(["a"], ["b"])[0] == pytest.approx(reward(["a"], ["b"])[0] + 1000, abs=1e-2)
 
 
+def test_several_reward_models_give_the_mean_of_their_scores(tmp_path):
+    paths = [tiny.reward_checkpoint(tmp_path / f"{seed}.pt", seed=seed) for seed in (1, 2, 3)]
+    asked, policy = (["a", "what?"], ["b", "yes."]), tiny.gpt(context=80)
+    config = grpo.GRPOConfig(reward="learned", reward_model=",".join(paths))
+    reward, _, files = load_reward(config, None, policy, torch.device("cpu"))
+    alone = [learned(load_model(path, kind=ScalarGPT))(*asked, finished=[True, False]) for path in paths]
+    means = [sum(scores) / 3 for scores in zip(*alone)]
+    assert reward(*asked, finished=[True, False]) == pytest.approx(means, abs=1e-5) and files[1:] == paths
+    assert len({round(scores[0], 3) for scores in alone}) == 3
+
+
 def test_what_just_fits_is_accepted():
     require_fit(20, [(5, 6), (10, 10)], "data.jsonl")
     with pytest.raises(UserError, match="data.jsonl, line 2"):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from grpo_min.lab import compare
-from grpo_min.lab.studies import common, luck
+from grpo_min.lab.studies import luck
 from grpo_min.run.files import DATA
 
 
@@ -45,21 +45,7 @@ def test_luck_to_the_end(tmp_path, run_study, monkeypatch):
             for path in folder.glob("luck*/**/config.json")} == {
         "luck/grpo-learned-2": 2, "luck/grpo-learned-3": 3, "luck-reward_model-2": 2, "luck-reward_model-3": 3,
         "luck-reward_model-2/compare/grpo-learned-1": 1, "luck-reward_model-3/compare/grpo-learned-1": 1,
-        "luck/grpo-learned-1-mean-1-2-3": 1}
-
-
-def test_the_mean_of_three_is_what_grpo_is_rewarded_by(tmp_path, monkeypatch):
-    """Each of three reward models counts as much, and gets prompts, completions and whether they finished."""
-    scores = iter([lambda *asked: [3.0, 0.0], lambda *asked: [0.0, 0.0], lambda *asked: [0.0, 6.0]])
-    monkeypatch.setattr(luck, "load_model", lambda *_: None)
-    monkeypatch.setattr(luck, "learned", lambda _: next(scores))
-    monkeypatch.setattr(luck, "train_or_reuse", lambda train, settings: (train.keywords["reward"], settings.run))
-    monkeypatch.setattr(luck.compare, "evaluate_or_reuse", lambda path, settings, policy, *_: (policy, str(path)))
-    monkeypatch.setattr(luck, "way", lambda settings, figures: figures)
-    config = common.StudyConfig(run=str(tmp_path), device="cpu")
-    reward, path = luck.mean_of_three(config, 1, (2, 3, 5))
-    assert reward(["a", "b"], ["c", "d"], finished=[True, False], answer=["e", "f"]) == [1.0, 2.0]
-    assert path.endswith("luck-1/luck/grpo-learned-1-mean-2-3-5/evaluation.json")
+        "luck-mean-1-2-3/grpo-learned-1": 1}
 
 
 def test_seeds_of_a_comparison(tmp_path, monkeypatch):

@@ -321,7 +321,7 @@ def test_recipes_are_these_options_of_trl(name, options, llama):
 
 
 def test_trls_defaults(llama):
-    """As notebook 04 says: scaled by the group, the mean over all tokens, no KL; if there is one, k3 times the ratio."""
+    """As notebook 04 says: scaled by the group, the mean over all tokens, no KL; if there is, k3 times the ratio."""
     ours = dict(scale_advantages=True, aggregation="token")
     assert difference(llama.ours(**ours, beta=0.0), llama.theirs()) < ROUNDING
     assert difference(llama.ours(**ours, beta=BETA, kl="unbiased"), llama.theirs(beta=BETA)) < ROUNDING

@@ -51,9 +51,9 @@ def checkpoint(path, kind=GPT, seed=0, ends=7, **changes):
     return str(path)
 
 
-def reward_checkpoint(path):
+def reward_checkpoint(path, seed=1):
     """A reward model whose scores differ from text to text: its scalar head, which starts at zero, is random."""
-    model = gpt(ScalarGPT, seed=1)
+    model = gpt(ScalarGPT, seed=seed)
     torch.nn.init.normal_(model.scalar.weight)
     save_file(path, serialise(step=0, **weights(model)))
     return str(path)

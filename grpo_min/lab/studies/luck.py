@@ -4,22 +4,17 @@ models (Coste et al., 2310.02743).
 
 Writes luck.csv (a row per run), luck.md and luck.png.
 """
-import functools
 import json
 from datetime import date
 from pathlib import Path
 
 import numpy as np
 
-from grpo_min import __main__ as main_job, grpo, reward_model
+from grpo_min import __main__ as main_job, reward_model
 from grpo_min.gold import MAXIMUM
 from grpo_min.lab import compare
 from grpo_min.lab.processes import train_or_reuse
 from grpo_min.lab.studies.common import column_by, plot_seeds, run_jobs, seeds_of, table, write_study
-from grpo_min.model import ScalarGPT
-from grpo_min.rewards import learned
-from grpo_min.run.checkpoint import load_model
-from grpo_min.run.config import pick_device
 from grpo_min.run.files import DATA
 from grpo_min.run.plots import finish, plt
 
@@ -107,18 +102,10 @@ def other_rl(config, first, seed):
 
 def mean_of_three(config, first, seeds):
     """GRPO on the mean score of the reward models with these seeds."""
-    settings, device = comparison(config, first), pick_device(config.device)
     paths = [reward_model_of(config, first, seed) / "checkpoint.pt" for seed in seeds]
-    models = [learned(load_model(path, device, ScalarGPT)) for path in paths]
-
-    def reward(prompts, completions, finished=None, **columns):
-        return np.mean([model(prompts, completions, finished) for model in models], axis=0).tolist()
-    _, run = compare.settings_of_run(settings, "GRPO", "learned", first, None)
-    run.run += "-mean-" + "-".join(map(str, seeds))
-    policy, _ = train_or_reuse(functools.partial(grpo.train, reward=reward), run)
-    figures = compare.evaluate_or_reuse(Path(run.run) / "evaluation.json", settings, policy,
-                                        load_model(settings.sft, device), "learned")
-    return way(settings, figures)
+    settings = comparison(config, first, reward_model=",".join(map(str, paths)), run=str(
+        folder_of(config, first) / ("luck-mean-" + "-".join(map(str, seeds)))))
+    return way(settings, compare.one_run(settings, "GRPO", "learned", first, None)["figures"])
 
 
 def reward_model_of(config, first, seed):
