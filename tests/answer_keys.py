@@ -21,6 +21,12 @@ def kl(policy, reference, *kinds):
     return [grpo.kl_estimate(torch.tensor(policy).log(), torch.tensor(reference).log(), kind) for kind in kinds]
 
 
+def best_constant(p, squared_gradients, rewards):
+    """The constant baseline of least variance (Weaver and Tao, 2001)."""
+    weight = torch.tensor(p) * torch.tensor(squared_gradients)
+    return (weight * torch.tensor(rewards)).sum() / weight.sum()
+
+
 def surprises(values, reward, lam):
     """The temporal-difference errors of a completion with these values before its tokens, and the first advantage."""
     values = torch.tensor([values])
@@ -34,7 +40,7 @@ KEYS = {
     "01": [
         ("three equally likely actions", "0.3, 0 and -0.3", lambda: grpo.group_advantages(
             torch.tensor([0.6, 0.3, 0]), 3)),
-        ("Two completions, each with probability 0.5", "0.5", lambda: [(0.5 * 1 + 0.5 * 0) / (0.5 + 0.5)]),
+        ("Two completions, each with probability 0.5", "0.5", lambda: [best_constant([0.5, 0.5], [1, 1], [1, 0])]),
         ("The rewards of a group of four are 0, 0, 0.6 and 1", "-0.4, -0.4, 0.2 and 0.6", lambda: grpo.group_advantages(
             torch.tensor([0, 0, 0.6, 1]), 4)),
         ("The policy gives a sampled token 0.25", "-0.69 and 0.31", lambda: kl(0.25, 0.5, "k1", "k3")),
@@ -73,7 +79,8 @@ KEYS = {
     ],
     "06": [
         ("In float32, training holds for each of", "20 and 36", lambda: [4 + 4 + 8 + 4, 4 + 4 + 8 + 4 + 16]),
-        ("Half of the completions are right, with a squared gradient of 1", "0.1", lambda: [0.5 / (0.5 * 1 + 0.5 * 9)]),
+        ("Half of the completions are right, with a squared gradient of 1", "0.1", lambda: [
+            best_constant([0.5, 0.5], [1, 9], [1, 0])]),
         ("GRPO's seeds end at 95.5, 95.6 and 95.9", "2", lambda: [
             sum(x > max(95.5, 95.6, 95.9) for x in (95.8, 96.2, 96.9))]),
         ("Four groups of four, all rewards equal in three", "75", lambda: [100 * 3 / 4]),

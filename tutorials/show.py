@@ -202,7 +202,7 @@ def estimators(moves, exact, found):
         left.plot(moves, means, label=kind, ls="--" if kind == "k3" else "-")
         right.plot(moves, deviations, label=kind)
     for axis, name in (left, "mean"), (right, "standard deviation"):
-        axis.set(xlabel="change of one logit", ylabel=f"{name} of the estimate (nats)")
+        axis.set(xlabel="change of one logit", ylabel=f"{name} (nats)")
         axis.legend()
     plt.show()
 
