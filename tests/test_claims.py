@@ -241,7 +241,7 @@ def first_time():
                 animals=means(compared("learned", "animals_test", "progress")))
 
 
-EVERY, REWARD, RL = "every stage", "the reward model", "RL"        # what has other seeds
+EVERY, REWARD, RL, MEAN = "every stage", "the reward model", "RL", "mean of three"
 RIGHT, WAY = "right, {}", "way to the maximum, {}"
 
 
@@ -282,6 +282,14 @@ def agreement_does_not_foretell():
     worst, best = int(np.argmin(way)), int(np.argmax(way))
     assert agrees[worst] > np.median(agrees)
     return percent(way[worst]), percent(agrees[worst]), percent(way[best]), percent(agrees[best])
+
+
+@under("luck", "There is a simple remedy: rewarded by the mean score of three reward models GRPO covers {} to {}, "
+       "where single ones lead it to {} to {}. It costs three trainings in place of one.")
+def the_remedy():
+    one, three = (lucky(WAY.format("GRPO"), varied) for varied in (REWARD, MEAN))
+    assert width(three) < width(one) / 2 and np.median(three) > np.median(one) and min(three) > min(one)
+    return [percent(value) for value in (min(three), max(three), min(one), max(one))]
 
 
 @under("luck", "The committed weights are a good draw: with them GRPO covers {}, more than any of the five.")

@@ -18,7 +18,7 @@ from grpo_min.lab.studies.common import column_by, plot_seeds, run_jobs, seeds_o
 from grpo_min.run.files import DATA
 from grpo_min.run.plots import finish, plt
 
-EVERY, REWARD, RL, MEAN = "every stage", "the reward model", "RL", "the mean of three reward models"
+EVERY, REWARD, RL, MEAN = "every stage", "the reward model", "RL", "mean of three"
 FIGURES = {      # of a main job: (the reward it is compared under, the algorithm, its figure)
     "right, SFT": ("correct", "SFT", "arithmetic_test", "accuracy"),
     "right, GRPO": ("correct", "GRPO", "arithmetic_test", "accuracy"),
@@ -42,8 +42,8 @@ def study(config):
         rows.append({**dict.fromkeys(jobs[first], ""), "varied": MEAN, "seed": " ".join(map(str, trio)), **figures})
     lines = table(["", "median", "lowest", "highest"], spread_of(rows))
     lines += ["", f"Seeds {first} to {max(jobs)}; test prompts. Every stage: pretraining, SFT, reward model, critics, "
-              f"RL. Reward model, or RL, alone: the other stages have seed {first}; GRPO. The mean of three: each of "
-              f"these reward models with the two next. {date.today()}."]
+              f"RL. Reward model, or RL, alone: the other stages have seed {first}; GRPO. Mean of three: GRPO on the "
+              f"mean score of each of these reward models and the two next. {date.today()}."]
     write_study(config, "luck", lines, rows)
     plot_luck(rows, Path(config.out) / "luck.png")
 
@@ -127,7 +127,7 @@ def other_reward_model(config, first, seed):
 
 def plot_luck(rows, path):
     """Each run as a dot: accuracy on arithmetic, the way on the animals, the way over how the reward model agrees."""
-    figure, axes = plt.subplots(1, 3, figsize=(13, 3.4))
+    figure, axes = plt.subplots(1, 3, figsize=(14, 3.4))
     right = {}
     for name in FIGURES:
         if name.startswith("right"):
@@ -139,6 +139,6 @@ def plot_luck(rows, path):
     for varied, colour in (EVERY, "C0"), (REWARD, "C1"):
         points = [(row[AGREES], row[WAY]) for row in rows if row["varied"] == varied]
         axes[2].plot(*zip(*points), "o", color=colour, label=varied)
-    axes[2].set(xlabel="reward model agrees, held-out pairs", ylabel=WAY)
+    axes[2].set(xlabel="reward model agrees", ylabel=WAY)
     axes[2].legend(frameon=False, title="varied")
     finish(figure, path)
